@@ -1,0 +1,35 @@
+"""The errors that a user can meet, each with the exit code that the commands end with."""
+
+
+class Failure(Exception):
+    """An end of a command that is explained in one message; `exit_code` tells a launcher what to do."""
+
+    exit_code = 2
+
+
+class UserError(Failure):
+    """The user's mistake: the message names the value and what would be right. Exit code 2."""
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be run: an unknown key, a wrong type, an impossible combination."""
+
+
+class DataError(UserError):
+    """A dataset that cannot be read."""
+
+
+class CheckpointError(UserError):
+    """A working directory that cannot be continued from or written to."""
+
+
+class Diverged(Failure):
+    """The loss or the gradients stayed non-finite. Starting again would diverge again. Exit code 3."""
+
+    exit_code = 3
+
+
+class Interrupted(Failure):
+    """Stopped by a signal after saving; starting again continues the run. Exit code 75 (EX_TEMPFAIL)."""
+
+    exit_code = 75
