@@ -1,0 +1,61 @@
+"""SD-DiT on scikit-learn's 1,797 real handwritten digits: the whole method in minutes on two CPU cores.
+
+    python -m sddit_jax.main --config=configs/digits.py --workdir=runs/digits
+
+An argument chooses another method: --config=configs/digits.py:maskdit (sd_dit, maskdit, dit_decoder, dit).
+"""
+
+import ml_collections
+
+from sddit_jax.config import default_config
+
+
+def get_config(method: str = "sd_dit") -> ml_collections.ConfigDict:
+    config = default_config(method)
+    with config.unlocked():
+        config.steps = 2500
+        config.batch_size = 64
+
+        config.model.image_size = 8
+        config.model.channels = 1
+        config.model.num_classes = 10
+        config.model.patch = 2
+        config.model.depth = 4
+        config.model.width = 96
+        config.model.heads = 4
+        config.model.decoder_depth = min(config.model.decoder_depth, 2)
+        config.model.decoder_width = 96
+        config.model.decoder_heads = 4
+        config.model.scan = False
+
+        # Digits have a mean of -0.39 and a standard deviation of 0.75 in [-1, 1]; the scale makes it sigma_data.
+        config.codec.mean = (-0.39,)
+        config.codec.scale = (0.665,)
+
+        discrimination = config.objectives.discrimination
+        discrimination.prototypes = 64
+        discrimination.head_width = 256
+        discrimination.bottleneck = 64
+        discrimination.centering = "condition"
+        discrimination.standardise = True
+        discrimination.teacher_temperature = (0.5, 0.5)
+        discrimination.teacher_momentum = (0.99, 1.0)
+
+        config.optimizer.learning_rate = 2e-3
+        config.optimizer.schedule = "cosine"
+        config.optimizer.warmup_steps = 50
+        config.ema.decay = 0.999
+
+        config.data.source = "digits"
+        config.data.flip = False
+        config.data.num_threads = 1
+
+        config.checkpoint.every = 500
+        config.checkpoint.keep_every = 0
+        config.sampling.steps = 18
+        config.sampling.every = 500
+        config.sampling.grid = 100
+        config.eval.name = "digits"
+        config.log.every = 50
+        config.log.diagnose_every = 250
+    return config

@@ -1,0 +1,42 @@
+"""What all commands share: flags, log lines, and errors as one message and an exit code."""
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+import absl.logging
+from absl import flags
+
+from sddit_jax.errors import ConfigError, Failure, UserError
+
+
+def run(command: Callable[[], None]) -> NoReturn:
+    """Parses the flags, runs the command and exits: 0 done, 2 the user's mistake, 3 diverged, 75 interrupted."""
+    absl.logging.set_verbosity(absl.logging.WARNING)
+    logging.getLogger().setLevel(logging.WARNING)
+    log = logging.getLogger("sddit_jax")
+    log.setLevel(logging.INFO)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(handler)
+    log.propagate = False
+    try:
+        parse(sys.argv)
+        command()
+    except Failure as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        sys.exit(failure.exit_code)
+    sys.exit(0)
+
+
+def parse(argv: list[str]) -> None:
+    """Parses flags, a config file's too. Raises UserError for what absl and ml_collections refuse."""
+    try:
+        rest = flags.FLAGS(argv)[1:]
+    except flags.Error as error:
+        raise UserError(f"{error}; --help lists the flags") from error
+    except (AttributeError, KeyError) as error:  # ml_collections' answer to --config.no.such.key
+        raise ConfigError(f"unknown config key {error}: --config.KEY=VALUE takes keys that the config has") from error
+    if rest:
+        raise UserError(f"unexpected arguments {' '.join(rest)}; flags are written --name=value")

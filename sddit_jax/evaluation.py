@@ -1,0 +1,103 @@
+"""What is measured when a run is done."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sddit_jax.data.digits import judge
+from sddit_jax.data.sources import Source
+from sddit_jax.metrics import nearest_neighbour_accuracy
+from sddit_jax.objectives.discrimination import Discrimination
+from sddit_jax.sampling.sampler import balanced_labels
+from sddit_jax.state import Parts, State
+
+log = logging.getLogger("sddit_jax")
+Generate = Callable[[Any, int, np.ndarray], np.ndarray]
+
+
+def discrimination_of(parts: Parts) -> Discrimination | None:
+    """The discrimination objective of a run, if it has one."""
+    return next((o for o in parts.objectives if isinstance(o, Discrimination)), None)
+
+
+def diagnose(parts: Parts, state: State, image_BHWC: jax.Array, label_B: jax.Array) -> dict[str, jax.Array]:
+    """`Discrimination.diagnose` on stored images; its noise follows from the seed and the step. To be jitted."""
+    x0_BHWC = parts.codec.encode(image_BHWC)
+    key = jax.random.fold_in(jax.random.key(parts.config.seed), state["step"])
+    eps_BHWC = jax.random.normal(key, x0_BHWC.shape)
+    objective = discrimination_of(parts)
+    return objective.diagnose(
+        state["aux"][objective.name], state["ema"]["default"], x0_BHWC, eps_BHWC, label_B, state["step"]
+    )
+
+
+def collapse(parts: Parts, metrics: dict[str, float]) -> str:
+    """Why the teacher's assignments look collapsed, from a row with a diagnosis; empty if they do not."""
+    reasons = []
+    full = np.log(parts.config.objectives.discrimination.prototypes)
+    for kind in ("patch", "cls"):
+        information = metrics.get(f"teacher/{kind}/information")
+        mean_entropy = metrics.get(f"teacher/{kind}/mean_entropy")
+        if information is not None and information < 0.02:
+            reasons.append(f"{kind}: assignments tell {information:.3f} nats of the image beyond position and label")
+        if mean_entropy is not None and mean_entropy < full / 4:
+            reasons.append(f"{kind}: few prototypes are in use (entropy {mean_entropy:.2f} of {full:.2f})")
+    return "; ".join(reasons)
+
+
+def evaluate_digits(parts: Parts, state: State, source: Source, generate: Generate) -> dict[str, float]:
+    """The samples of the EMA weights against the real digits, and what the encoder knows of them.
+
+    eval/{class_consistency, frechet_pixels, nearest_real, nearest_real_close}: means over the draws (see `judge`).
+    eval/{patch,cls}/information, eval/{patch,cls}/mean_entropy: the teacher's assignments over all real digits.
+    eval/probe_cls, eval/probe_cls_untrained: 1-NN accuracy of [CLS] under the null label, of this encoder and of a
+    fresh one.
+    """
+    config = parts.config
+    label_N = balanced_labels(config.eval.num_samples, source.num_classes)
+    real = [source[i] for i in range(len(source))]
+    image_BHWC = np.stack([record["image"] for record in real])
+    real_label_B = np.stack([record["label"] for record in real])
+    draws = [
+        judge(generate(state["ema"]["default"], config.seed + 1 + draw, label_N), label_N, image_BHWC, real_label_B)
+        for draw in range(config.eval.draws)
+    ]
+    results = {key: float(np.mean([draw[key] for draw in draws])) for key in draws[0]}
+    if discrimination_of(parts):
+        found = jax.jit(lambda s, x, y: diagnose(parts, s, x, y))(state, image_BHWC, real_label_B)
+        results |= {key.replace("teacher/", "eval/"): float(value) for key, value in found.items()}
+    if config.model.cls_token:
+
+        def cls_features(params: Any) -> jax.Array:
+            x0_BHWC = parts.codec.encode(image_BHWC)
+            sigma_B = jnp.full(len(x0_BHWC), config.diffusion.sigma_min, jnp.float32)
+            null_B = jnp.full(len(x0_BHWC), config.model.num_classes, jnp.int32)
+            return parts.network.encode(params, *parts.diffusion.network_input(x0_BHWC, sigma_B), null_B).cls_BD
+
+        fresh = parts.network.init(jax.random.key(config.seed))
+        for name, params in (("", state["ema"]["default"]), ("_untrained", fresh)):
+            features = np.asarray(jax.jit(cls_features)(params))
+            results[f"eval/probe_cls{name}"] = nearest_neighbour_accuracy(features, real_label_B)
+    return results
+
+
+def digits_lines(results: dict[str, float]) -> list[str]:
+    """The result in a few lines for a person."""
+    r = {key.removeprefix("eval/"): value for key, value in results.items()}
+    lines = [
+        f"samples: {r['class_consistency']:.1%} recognised as the asked digit, Frechet distance in pixels "
+        f"{r['frechet_pixels']:.3f} (two halves of the real digits: 0.07)",
+        f"novelty: distance to the nearest real digit has a median of {r['nearest_real']:.2f} (real to real: 1.01), "
+        f"{r['nearest_real_close']:.1%} are closer than 0.5",
+    ]
+    if "patch/information" in r:
+        lines.append(
+            f"encoder: assignments tell {r['patch/information']:.2f} nats (patches) and "
+            f"{r.get('cls/information', float('nan')):.2f} nats ([CLS]) beyond position and label; 1-NN of [CLS] "
+            f"{r.get('probe_cls', float('nan')):.1%} (untrained {r.get('probe_cls_untrained', float('nan')):.1%})"
+        )
+    return lines

@@ -1,0 +1,29 @@
+"""Trains: python -m sddit_jax.main --config=configs/digits.py --workdir=DIR."""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from sddit_jax import cli
+from sddit_jax.config import resolve
+from sddit_jax.errors import UserError
+from sddit_jax.train import train
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "File with get_config(); --config.KEY=VALUE changes a key.", lock_config=True
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run: checkpoints, metrics, samples. Continued if it has any."
+)
+
+
+def main() -> None:
+    """Trains what --config says, in --workdir."""
+    if CONFIG.value is None or not WORKDIR.value:
+        raise UserError("--config=FILE and --workdir=DIR are needed, as in --config=configs/digits.py --workdir=runs/a")
+    train(resolve(CONFIG.value), Path(WORKDIR.value).expanduser())
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,205 @@
+"""The layers of a DiT (Peebles & Xie 2023): positions, conditioning, adaLN-Zero blocks and their stack."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Constrain = Callable[[jax.Array, str], jax.Array]
+XAVIER = nn.initializers.xavier_uniform()
+NORMAL = nn.initializers.normal(0.02)
+ZEROS = nn.initializers.zeros
+FREQUENCIES = 256
+
+
+def unconstrained(x: jax.Array, kind: str) -> jax.Array:
+    """The default of `constrain`: leaves the layout of `x` to the compiler."""
+    del kind
+    return x
+
+
+def positions_2d(width: int, side: int) -> np.ndarray:
+    """Fixed sine-cosine positions of a side x side grid in raster order: float32 [side^2, width].
+
+    Channels [0, width/2) encode the column and the others the row; in each half the sines come first.
+    """
+    frequencies = 10000.0 ** (-np.arange(width // 4, dtype=np.float64) / (width // 4))
+    row, column = np.divmod(np.arange(side * side), side)
+    angles = [np.outer(coordinate, frequencies) for coordinate in (column, row)]
+    return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)
+
+
+def sinusoid(t_B: jax.Array, width: int = FREQUENCIES) -> jax.Array:
+    """[cos | sin] of t at geometrically spaced frequencies from 1 to 1/10000: float32 [B, width]."""
+    half = width // 2
+    frequencies = np.exp(-np.log(10000.0) * np.arange(half) / half).astype(np.float32)
+    angles = t_B.astype(jnp.float32)[:, None] * frequencies[None]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1)
+
+
+def layer_norm(x: jax.Array) -> jax.Array:
+    """LayerNorm over the last axis without affine parameters; statistics in float32, output in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    centered = x32 - x32.mean(axis=-1, keepdims=True)
+    variance = jnp.square(centered).mean(axis=-1, keepdims=True)
+    return (centered * jax.lax.rsqrt(variance + 1e-6)).astype(x.dtype)
+
+
+def modulate(x_BND: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array) -> jax.Array:
+    """x * (1 + scale) + shift, the same for all tokens of an image."""
+    return x_BND * (1 + scale_BD[:, None]) + shift_BD[:, None]
+
+
+class TimeEmbedding(nn.Module):
+    """c_noise [B] -> [B, width], wholly in float32: bfloat16 could not tell neighbouring noise levels apart."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, c_noise_B: jax.Array) -> jax.Array:
+        """Sinusoid and a two-layer MLP."""
+        highest = {"kernel_init": NORMAL, "precision": jax.lax.Precision.HIGHEST}
+        hidden = nn.silu(nn.Dense(self.width, name="hidden", **highest)(sinusoid(c_noise_B)))
+        return nn.Dense(self.width, name="out", **highest)(hidden)
+
+
+class LabelEmbedding(nn.Module):
+    """Class labels [B] -> [B, width]. The label `num_classes` is the null label, and is defined only here.
+
+    null "zero": it has no parameters and embeds to zeros (MaskDiT); "row": it is a learnt row (DiT).
+    """
+
+    num_classes: int
+    width: int
+    null: str
+
+    @nn.compact
+    def __call__(self, label_B: jax.Array) -> jax.Array:
+        """float32 [B, width]."""
+        rows = self.num_classes + (self.null == "row")
+        table = self.param("table", NORMAL, (rows, self.width))
+        if self.null == "row":
+            return jnp.take(table, label_B, axis=0)
+        embedded_BD = jnp.take(table, jnp.minimum(label_B, self.num_classes - 1), axis=0)
+        return jnp.where((label_B < self.num_classes)[:, None], embedded_BD, 0.0)
+
+
+class Modulation(nn.Module):
+    """adaLN's parameters from the condition [B, C]: `count` arrays [B, width], zero at the start."""
+
+    count: int
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, condition_BC: jax.Array) -> list[jax.Array]:
+        """SiLU, then a linear map."""
+        out_BKD = nn.DenseGeneral((self.count, self.width), dtype=self.dtype, kernel_init=ZEROS, name="linear")(
+            nn.silu(condition_BC).astype(self.dtype)
+        )
+        return [out_BKD[:, k] for k in range(self.count)]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over [B, N, D] with biases; q, k and v are one kernel (D, 3, heads, D/heads)."""
+
+    heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BND: jax.Array) -> jax.Array:
+        """[B, N, D] in the policy's dtype; the softmax is float32."""
+        width = x_BND.shape[-1]
+        qkv_BNTHC = nn.DenseGeneral(
+            (3, self.heads, width // self.heads), dtype=self.dtype, kernel_init=XAVIER, name="qkv"
+        )(x_BND)
+        out_BNHC = jax.nn.dot_product_attention(*(qkv_BNTHC[:, :, t] for t in range(3)))
+        return nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, kernel_init=XAVIER, name="out")(out_BNHC)
+
+
+class MLP(nn.Module):
+    """Linear, tanh-approximated GELU, linear."""
+
+    hidden: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BND: jax.Array) -> jax.Array:
+        """[B, N, D] -> [B, N, D]."""
+        hidden = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=XAVIER, name="hidden")(x_BND)
+        return nn.Dense(x_BND.shape[-1], dtype=self.dtype, kernel_init=XAVIER, name="out")(
+            nn.gelu(hidden, approximate=True)
+        )
+
+
+class Block(nn.Module):
+    """A transformer block with adaLN-Zero: x += gate * branch(modulated norm of x), for attention and MLP."""
+
+    heads: int
+    mlp_ratio: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BND: jax.Array, condition_BC: jax.Array) -> jax.Array:
+        """[B, N, D] -> [B, N, D] under the condition [B, C]."""
+        width = x_BND.shape[-1]
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = Modulation(6, width, self.dtype, name="modulation")(
+            condition_BC
+        )
+        attended = Attention(self.heads, self.dtype, name="attention")(modulate(layer_norm(x_BND), shift_a, scale_a))
+        x_BND = x_BND + gate_a[:, None] * attended
+        hidden = MLP(int(width * self.mlp_ratio), self.dtype, name="mlp")(modulate(layer_norm(x_BND), shift_m, scale_m))
+        return x_BND + gate_m[:, None] * hidden
+
+
+def rematerialise(function: Callable, policy: str) -> Callable:
+    """`function` whose backward pass recomputes: 'none', all but matrix products ('dots'), or 'full'."""
+    policies = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+    return function if policy == "none" else jax.checkpoint(function, policy=policies[policy])
+
+
+class Stack(nn.Module):
+    """`depth` blocks. Their parameters are stacked on axis 0 however they are computed.
+
+    `scan` compiles one block and loops over it; otherwise the loop is unrolled.
+    """
+
+    depth: int
+    heads: int
+    mlp_ratio: float
+    dtype: Any
+    scan: bool
+    remat: str
+    constrain: Constrain = unconstrained
+
+    @nn.compact
+    def __call__(
+        self, x_BND: jax.Array, condition_BC: jax.Array, return_hidden: bool = False
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The last block's output [B, N, D], and if asked for each block's, stacked: [depth, B, N, D]."""
+        block = Block(self.heads, self.mlp_ratio, self.dtype, parent=None)
+
+        def init(key: jax.Array) -> Any:
+            keys = jax.random.split(key, self.depth)
+            return jax.vmap(lambda k: block.init(k, x_BND, condition_BC)["params"])(keys)
+
+        def body(x_BND: jax.Array, block_params: Any) -> tuple[jax.Array, jax.Array | None]:
+            x_BND = block.apply({"params": block_params}, x_BND, condition_BC)
+            x_BND = self.constrain(x_BND, "tokens")
+            return x_BND, x_BND if return_hidden else None
+
+        params = self.param("blocks", init)
+        body = rematerialise(body, self.remat)
+        if self.scan:
+            return jax.lax.scan(body, x_BND, params)
+        # lax.split's transpose is one concatenation; that of slicing adds `depth` arrays padded to full size.
+        leaves, treedef = jax.tree.flatten(params)
+        layers = zip(*(jax.lax.split(leaf, (1,) * self.depth) for leaf in leaves), strict=True)
+        hidden = []
+        for layer in layers:
+            x_BND, out = body(x_BND, treedef.unflatten([leaf.squeeze(0) for leaf in layer]))
+            hidden.append(out)
+        return x_BND, jnp.stack(hidden) if return_hidden else None

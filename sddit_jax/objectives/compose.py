@@ -1,0 +1,19 @@
+"""The methods as compositions: which objectives a configuration is made of."""
+
+from sddit_jax import config as config_lib
+from sddit_jax.diffusion import EDM
+from sddit_jax.models.transformer import Network
+from sddit_jax.objectives.base import Objective
+from sddit_jax.objectives.denoising import Denoising, Reconstruction
+from sddit_jax.objectives.discrimination import Discrimination
+
+
+def make_objectives(config: config_lib.Config, network: Network, diffusion: EDM) -> tuple[Objective, ...]:
+    """The objectives with a weight above 0, in a fixed order."""
+    o, patch = config.objectives, config.model.patch
+    objectives = (
+        Denoising(o.denoising.weight, o.denoising.scope == "visible", patch, diffusion),
+        Discrimination(o.discrimination, network, diffusion, config.steps),
+        Reconstruction(o.reconstruction.weight, patch),
+    )
+    return tuple(objective for objective in objectives if objective.weight)

@@ -1,0 +1,27 @@
+"""Functions of the step alone. `step` may be traced."""
+
+import jax
+import jax.numpy as jnp
+
+
+def linear(step: jax.Array, start: float, end: float, steps: float) -> jax.Array:
+    """From start at step 0 to end at step `steps`, and constant after it."""
+    return start + (end - start) * jnp.clip(step / max(steps, 1e-9), 0.0, 1.0)
+
+
+def cosine(step: jax.Array, start: float, end: float, steps: float) -> jax.Array:
+    """Half a cosine from start at step 0 to end at step `steps`, and constant after it."""
+    return end + (start - end) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(step / max(steps, 1e-9), 0.0, 1.0)))
+
+
+def learning_rate(step: jax.Array, peak: float, kind: str, warmup_steps: int, steps: int) -> jax.Array:
+    """Linear warm-up (its first step is already above 0), then 'constant', or 'cosine' to 0 at the end."""
+    warmup = jnp.minimum((step + 1) / (warmup_steps + 1), 1.0)
+    if kind == "constant":
+        return peak * warmup
+    return peak * warmup * cosine(jnp.maximum(step - warmup_steps, 0), 1.0, 0.0, steps - warmup_steps)
+
+
+def ema_decay(step: jax.Array, decay: float) -> jax.Array:
+    """min(decay, (1 + t) / (10 + t)): an EMA that forgets its random start."""
+    return jnp.minimum(decay, (1.0 + step) / (10.0 + step))

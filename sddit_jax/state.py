@@ -1,0 +1,56 @@
+"""The parts of one configuration, put together, and the train state they start from."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sddit_jax import config as config_lib
+from sddit_jax.codec import PixelCodec
+from sddit_jax.diffusion import EDM
+from sddit_jax.models.layers import Constrain, unconstrained
+from sddit_jax.models.transformer import Network
+from sddit_jax.objectives.base import Objective
+from sddit_jax.objectives.compose import make_objectives
+from sddit_jax.optimizer import make_optimizer
+
+State = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a configuration is made of. Holds no arrays."""
+
+    config: config_lib.Config
+    network: Network
+    diffusion: EDM
+    codec: PixelCodec
+    objectives: tuple[Objective, ...]
+    optimizer: optax.GradientTransformation
+
+    def init_state(self, key: jax.Array) -> State:
+        """{params, ema: {name: params}, opt_state, aux: {objective: its state}, step}; no buffer is in it twice."""
+        params = self.network.init(key)
+        return {
+            "params": params,
+            "ema": {"default": jax.tree.map(jnp.copy, params)},
+            "opt_state": self.optimizer.init(params),
+            "aux": {objective.name: objective.init(params) for objective in self.objectives},
+            "step": jnp.zeros((), jnp.int32),
+        }
+
+
+def make_parts(config: config_lib.Config, constrain: Constrain = unconstrained) -> Parts:
+    """The parts of a checked configuration. Raises ConfigError for an unknown optimiser."""
+    network = Network(config, constrain)
+    diffusion = EDM(**dataclasses.asdict(config.diffusion))
+    return Parts(
+        config=config,
+        network=network,
+        diffusion=diffusion,
+        codec=PixelCodec(config.codec.mean, config.codec.scale),
+        objectives=make_objectives(config, network, diffusion),
+        optimizer=make_optimizer(config.optimizer),
+    )

@@ -1,0 +1,282 @@
+"""The training loop: the only place that orders effects."""
+
+import json
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from sddit_jax import config as config_lib
+from sddit_jax import evaluation, images, sharding
+from sddit_jax.checkpoint import Checkpointer
+from sddit_jax.data.loader import make_loader
+from sddit_jax.data.sources import Source, open_source
+from sddit_jax.errors import CheckpointError, ConfigError, Diverged, Interrupted
+from sddit_jax.reporting import MetricsLog, Progress
+from sddit_jax.sampling.sampler import balanced_labels, make_generate, make_sample
+from sddit_jax.state import Parts, State, make_parts
+from sddit_jax.train_step import make_train_step
+
+log = logging.getLogger("sddit_jax")
+
+
+def train(config: config_lib.Config, workdir: Path) -> None:
+    """Trains until config.steps, from the newest intact checkpoint in workdir if there is one.
+
+    Raises ConfigError, DataError or CheckpointError before the first step; Diverged or Interrupted after saving.
+    """
+    mesh = sharding.make_mesh(config.parallel)
+    sharding.check_batch(mesh, config.batch_size, config.parallel.microbatches)
+    source = _open_source(config)
+    parts = make_parts(config, sharding.make_constrain(mesh))
+    _claim(workdir, config)
+
+    abstract = jax.eval_shape(parts.init_state, jax.random.key(config.seed))
+    layout = sharding.shardings(mesh, abstract)
+    checkpointer = Checkpointer(
+        workdir / "checkpoints", keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every
+    )
+    restored = checkpointer.restore(
+        jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, layout)
+    )
+    if restored is None:
+        state = jax.jit(parts.init_state, out_shardings=layout)(jax.random.key(config.seed))
+    else:
+        state, _ = restored
+    start = int(state["step"])
+    _print_plan(config, source, mesh, abstract, start)
+    metrics_log = MetricsLog(
+        workdir,
+        restored_step=start,
+        primary=jax.process_index() == 0,
+        tensorboard=config.log.tensorboard,
+        wandb={"project": config.log.wandb, "config": config_lib.to_dict(config)} if config.log.wandb else None,
+    )
+    run = _Run(config, workdir, mesh, parts, source, checkpointer, metrics_log)
+    try:
+        state = run.steps(state, start, layout)
+        run.finish(state)
+    finally:
+        metrics_log.close()
+        checkpointer.close()
+
+
+class _Run:
+    """The loop and what it does at its intervals."""
+
+    def __init__(
+        self,
+        config: config_lib.Config,
+        workdir: Path,
+        mesh: jax.sharding.Mesh,
+        parts: Parts,
+        source: Source,
+        checkpointer: Checkpointer,
+        metrics_log: MetricsLog,
+    ) -> None:
+        self.config, self.workdir, self.mesh, self.parts = config, workdir, mesh, parts
+        self.source, self.checkpointer, self.metrics_log = source, checkpointer, metrics_log
+        self.meta = {"config": config_lib.to_dict(config), "codec": parts.codec.record()}
+        sampling = config.sampling
+        sample = make_sample(
+            parts.network, parts.diffusion, parts.codec,
+            steps=sampling.steps, rho=sampling.rho, guidance=sampling.guidance,
+        )  # fmt: skip
+        self.generate = make_generate(sample, mesh, max(sampling.grid, min(config.eval.num_samples, 1000)))
+        self.diagnose = None
+        if config.log.diagnose_every and evaluation.discrimination_of(parts):
+            self.diagnose = jax.jit(lambda state, batch: evaluation.diagnose(parts, state, **batch))
+
+    def steps(self, state: State, start: int, layout: Any) -> State:
+        """Steps start + 1 to config.steps. The device is never waited for: step k's metrics are read during k + 1."""
+        config = self.config
+        replicated = sharding.replicated(self.mesh)
+        train_step = jax.jit(make_train_step(self.parts), donate_argnums=0, out_shardings=(layout, replicated))
+        batches = make_loader(
+            self.source,
+            batch_size=config.batch_size,
+            rows=sharding.local_rows(self.mesh, config.batch_size),
+            seed=config.seed,
+            start_step=start,
+            flip=config.data.flip,
+            num_threads=config.data.num_threads,
+            prefetch=config.data.prefetch,
+        )
+        meter = _Meter(config, start, self.metrics_log)
+        pending: tuple[int, dict[str, Any]] | None = None
+        with _stop_signals() as stop:
+            for step in range(start + 1, config.steps + 1):
+                waited = time.monotonic()
+                batch = sharding.put_batch(self.mesh, {k: v for k, v in next(batches).items() if k != "index"})
+                waited = time.monotonic() - waited
+                state, metrics = train_step(state, batch)
+                if self.diagnose and (step % config.log.diagnose_every == 0 or step == config.steps):
+                    metrics |= self.diagnose(state, {"image_BHWC": batch["image"], "label_B": batch["label"]})
+                if pending is not None:
+                    self._report(meter, *pending, state)
+                pending = step, metrics
+                meter.waited += waited
+                if config.sampling.every and step % config.sampling.every == 0:
+                    self._sample_grid(state, step)
+                if step % config.checkpoint.every == 0 or step == config.steps or stop:
+                    self.checkpointer.save(step, state, self.meta)
+                if stop:
+                    self._report(meter, *pending, state)
+                    self.checkpointer.wait()
+                    raise Interrupted(f"{stop[0]}: saved step {step} in {self.workdir}; the same command continues")
+        if pending is not None:
+            self._report(meter, *pending, state)
+        meter.close()
+        batches.close()
+        self.checkpointer.wait()
+        return state
+
+    def finish(self, state: State) -> None:
+        """The evaluation that the config asks for, and the last pictures."""
+        if self.config.eval.name == "digits":
+            results = evaluation.evaluate_digits(self.parts, state, self.source, self.generate)
+            self.metrics_log.write(self.config.steps, results)
+            for line in evaluation.digits_lines(results):
+                log.info("%s", line)
+        path = self._sample_grid(state, self.config.steps)
+        log.info("%d steps done; samples: %s", self.config.steps, path)
+
+    def _report(self, meter: "_Meter", step: int, metrics: dict[str, Any], state: State) -> None:
+        values = {key: float(value) for key, value in jax.device_get(metrics).items()}
+        if meter.report(step, values) and (reason := evaluation.collapse(self.parts, values)):
+            if step > self.config.steps // 10:
+                log.warning("step %d: the discrimination looks collapsed: %s", step, reason)
+        if meter.skipped >= self.config.optimizer.max_skipped:
+            current = int(state["step"])
+            self.checkpointer.save(current, state, self.meta)
+            self.checkpointer.wait()
+            raise Diverged(
+                f"the loss was not finite in {meter.skipped} steps up to {step}; they changed no weights, and the "
+                f"state is saved at step {current}. Starting again would end the same: lower "
+                f"optimizer.learning_rate ({self.config.optimizer.learning_rate}) or set optimizer.clip_norm"
+            )
+
+    def _sample_grid(self, state: State, step: int) -> Path:
+        """The same noise and labels each time, so that one sees the same images improve."""
+        labels = balanced_labels(self.config.sampling.grid, self.config.model.num_classes)
+        pictures = self.generate(state["ema"]["default"], self.config.seed, labels)
+        path = self.workdir / "samples" / f"{step}.png"
+        if jax.process_index() == 0:
+            save_grid(pictures, path)
+        return path
+
+
+class _Meter:
+    """Rows of metrics at their interval, the bar, speed, and how many steps in a row were skipped."""
+
+    def __init__(self, config: config_lib.Config, start: int, metrics_log: MetricsLog) -> None:
+        self.config, self.metrics_log = config, metrics_log
+        self.progress = Progress(config.steps, start, primary=jax.process_index() == 0)
+        self.skipped, self.waited = 0, 0.0
+        self.last_step, self.last_time, self.rate = start, time.monotonic(), 0.0
+
+    def report(self, step: int, values: dict[str, float]) -> bool:
+        """Takes one step's metrics; True if they became a row."""
+        self.skipped = self.skipped + 1 if values["train/skipped"] else 0
+        every = self.config.log.every
+        diagnosed = any(key.endswith("/information") for key in values)
+        if step % every and step not in (1, self.config.steps) and not diagnosed:
+            return False
+        now = time.monotonic()
+        seconds = (now - self.last_time) / max(step - self.last_step, 1)
+        perf = {
+            "perf/images_per_second": self.config.batch_size / seconds,
+            "perf/step_seconds": seconds,
+            "perf/data_wait_seconds": self.waited / max(step - self.last_step, 1),
+        }
+        self.last_step, self.last_time, self.waited = step, now, 0.0
+        self.metrics_log.write(step, values | perf | {"images_seen": step * self.config.batch_size})
+        self.progress.update(step, loss=values["train/loss"], images_per_second=perf["perf/images_per_second"])
+        return True
+
+    def close(self) -> None:
+        """Ends the bar."""
+        self.progress.close()
+
+
+def save_grid(pictures_BHWC: np.ndarray, path: Path) -> None:
+    """uint8 images as one enlarged PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas = images.grid(pictures_BHWC, scale=images.enlargement(pictures_BHWC.shape[1]))
+    Image.fromarray(canvas.squeeze(-1) if canvas.shape[-1] == 1 else canvas).save(path)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[str]]:
+    """A list that gets the name of a SIGTERM or SIGINT; a second one ends the process at once."""
+    received: list[str] = []
+
+    def handler(number: int, frame: Any) -> None:
+        del frame
+        received.append(signal.Signals(number).name)
+        signal.signal(number, previous[number])
+
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+def _open_source(config: config_lib.Config) -> Source:
+    m = config.model
+    source = open_source(config.data.source, split=config.data.split, image_size=m.image_size, channels=m.channels)
+    if m.num_classes and source.num_classes != m.num_classes:
+        raise ConfigError(
+            f"model.num_classes is {m.num_classes}, but {source.name} has {source.num_classes} classes; "
+            f"set model.num_classes={source.num_classes}, or 0 to train without labels"
+        )
+    return source
+
+
+def _claim(workdir: Path, config: config_lib.Config) -> None:
+    """Writes WORKDIR/config.json; where there is one, prints what differs and refuses another model."""
+    path = workdir / "config.json"
+    if path.exists():
+        try:
+            saved = config_lib.resolve(json.loads(path.read_text()))
+        except (ValueError, ConfigError) as error:
+            raise CheckpointError(f"{path} is not the config of a run: {error}; use another --workdir") from error
+        differences = config_lib.identity_differences(saved, config)
+        if any(line.startswith("model.") for line in differences):
+            raise CheckpointError(f"{workdir} holds another model ({', '.join(differences)}); use another --workdir")
+        for line in differences:
+            log.warning("continuing %s with a changed %s", workdir, line)
+    if jax.process_index() == 0:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(config_lib.to_dict(config), indent=2))
+            temporary.replace(path)
+        except OSError as error:
+            raise CheckpointError(f"{workdir} could not be written: {error}") from error
+
+
+def _print_plan(
+    config: config_lib.Config, source: Source, mesh: jax.sharding.Mesh, abstract: State, start: int
+) -> None:
+    counts = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in abstract["params"].items()}
+    sizes = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    m = config.model
+    log.info("model: %s parameters (%s)", f"{sum(counts.values()):,}", sizes)
+    log.info(
+        "data: %s, %s images of %dx%dx%d, %d classes",
+        source.name, f"{len(source):,}", m.image_size, m.image_size, m.channels, m.num_classes,
+    )  # fmt: skip
+    log.info(
+        "plan: steps %s to %s of %d images on %d %s device(s)",
+        f"{start:,}", f"{config.steps:,}", config.batch_size, mesh.size, jax.default_backend(),
+    )  # fmt: skip

@@ -1,0 +1,123 @@
+"""The train step: state and batch in, state and metrics out, a pure function."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sddit_jax import schedules
+from sddit_jax.masking import sample_mask
+from sddit_jax.objectives.base import Metrics, Views
+from sddit_jax.state import Parts, State
+
+Batch = dict[str, jax.Array]
+TrainStep = Callable[[State, Batch], tuple[State, Metrics]]
+# (gradients, metrics, each objective's statistics)
+Gradients = tuple[Any, Metrics, dict[str, Any]]
+
+
+def draw(key: jax.Array, parts: Parts, x0_BHWC: jax.Array, label_B: jax.Array) -> dict[str, Any]:
+    """All that is random in a step, for the whole batch: eps, sigma, mask, and which labels are dropped."""
+    sigma_key, eps_key, mask_key, label_key = jax.random.split(key, 4)
+    batch = x0_BHWC.shape[0]
+    config = parts.config
+    dropped_B = jax.random.uniform(label_key, (batch,)) < config.objectives.label_dropout
+    ratio = config.masking.ratio
+    return {
+        "x0": x0_BHWC,
+        "eps": jax.random.normal(eps_key, x0_BHWC.shape),
+        "sigma": parts.diffusion.sample_sigma(sigma_key, batch),
+        "label": jnp.where(dropped_B, config.model.num_classes, label_B),
+        "mask": sample_mask(mask_key, batch, parts.network.tokens, ratio) if ratio else None,
+    }
+
+
+def student_views(params: Any, parts: Parts, drawn: dict[str, Any]) -> Views:
+    """The student's pass over one drawn batch."""
+    network, diffusion = parts.network, parts.diffusion
+    sigma_B, label_B, mask = drawn["sigma"], drawn["label"], drawn["mask"]
+    noised = diffusion.noised(drawn["x0"], drawn["eps"], sigma_B)
+    encoded = network.encode(params, *diffusion.network_input(noised, sigma_B), label_B, mask)
+    denoised = diffusion.denoised(noised, network.decode(params, encoded, mask), sigma_B)
+    return Views(
+        x0=drawn["x0"], eps=drawn["eps"], noised=noised, sigma_B=sigma_B, label_B=label_B, mask=mask,
+        encoded=encoded, denoised=denoised,
+    )  # fmt: skip
+
+
+def gradients_of(parts: Parts, state: State, drawn: dict[str, Any]) -> Gradients:
+    """The gradient of the weighted sum of the objectives on one drawn batch."""
+
+    def loss_fn(params: Any) -> tuple[jax.Array, tuple[Metrics, dict[str, Any]]]:
+        views = student_views(params, parts, drawn)
+        total, metrics, statistics = jnp.zeros(()), {}, {}
+        for objective in parts.objectives:
+            loss, own_metrics, statistics[objective.name] = objective.loss(
+                params, state["aux"][objective.name], state["ema"]["default"], views, state["step"]
+            )
+            total += objective.weight * loss
+            metrics |= own_metrics
+        return total, (metrics | {"train/loss": total}, statistics)
+
+    gradients, (metrics, statistics) = jax.grad(loss_fn, has_aux=True)(state["params"])
+    return gradients, metrics, statistics
+
+
+def accumulated_gradients_of(parts: Parts, state: State, drawn: dict[str, Any], microbatches: int) -> Gradients:
+    """`gradients_of` as the mean over microbatches, one after another."""
+    if microbatches == 1:
+        return gradients_of(parts, state, drawn)
+    # Row r goes to microbatch r % microbatches: each device keeps an equal share of the rows it already has.
+    split = jax.tree.map(lambda a: a.reshape(-1, microbatches, *a.shape[1:]).swapaxes(0, 1), drawn)
+    shapes = jax.eval_shape(lambda: gradients_of(parts, state, jax.tree.map(lambda a: a[0], split)))
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+
+    def body(total: Any, part: dict[str, Any]) -> tuple[Any, None]:
+        new = gradients_of(parts, state, part)
+        return jax.tree.map(lambda t, x: t + x / microbatches, total, new), None
+
+    return jax.lax.scan(body, zeros, split)[0]
+
+
+def make_train_step(parts: Parts) -> TrainStep:
+    """The step of one configuration: (state, {image: uint8 [B, H, W, C], label: int32 [B]}) -> (state, metrics).
+
+    Everything random follows from (config.seed, state["step"]) and is drawn for the whole batch before it is split
+    into microbatches. A step whose loss, gradients or update are not finite changes nothing but the step count, and
+    says so in train/skipped.
+    """
+    config = parts.config
+
+    def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        step = state["step"]
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        drawn = draw(key, parts, parts.codec.encode(batch["image"]), batch["label"])
+        gradients, metrics, statistics = accumulated_gradients_of(parts, state, drawn, config.parallel.microbatches)
+
+        o = config.optimizer
+        learning_rate = schedules.learning_rate(step, o.learning_rate, o.schedule, o.warmup_steps, config.steps)
+        updates, opt_state = parts.optimizer.update(gradients, state["opt_state"], state["params"])
+        updates = jax.tree.map(lambda u: learning_rate * u, updates)
+        params = optax.apply_updates(state["params"], updates)
+        decay = schedules.ema_decay(step, config.ema.decay)
+        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema"]["default"], params)
+        aux = {}
+        for objective in parts.objectives:
+            aux[objective.name], more = objective.update(
+                state["aux"][objective.name], statistics[objective.name], params, step
+            )
+            metrics |= more
+
+        metrics |= {f"grad_norm/{name}": optax.tree.norm(tree) for name, tree in gradients.items()}
+        metrics["grad_norm/all"] = optax.tree.norm(gradients)
+        metrics["train/update_norm"] = optax.tree.norm(updates)
+        metrics["train/learning_rate"] = learning_rate
+        finite = jnp.isfinite(metrics["train/loss"] + metrics["grad_norm/all"] + metrics["train/update_norm"])
+        metrics["train/skipped"] = 1.0 - finite
+        proposed = {"params": params, "ema": {"default": ema}, "opt_state": opt_state, "aux": aux}
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, {k: state[k] for k in proposed})
+        return kept | {"step": step + 1}, metrics
+
+    return train_step
