@@ -8,7 +8,7 @@ from typing import NoReturn
 import absl.logging
 from absl import flags
 
-from sddit_jax.errors import ConfigError, Failure, UserError
+from sddit_jax.errors import CommandError, ConfigError, UserError
 
 
 def run(command: Callable[[], None]) -> NoReturn:
@@ -24,9 +24,9 @@ def run(command: Callable[[], None]) -> NoReturn:
     try:
         parse(sys.argv)
         command()
-    except Failure as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        sys.exit(failure.exit_code)
+    except CommandError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
     sys.exit(0)
 
 

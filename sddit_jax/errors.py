@@ -1,13 +1,13 @@
 """The errors that a user can meet, each with the exit code that the commands end with."""
 
 
-class Failure(Exception):
+class CommandError(Exception):
     """An end of a command that is explained in one message; `exit_code` tells a launcher what to do."""
 
     exit_code = 2
 
 
-class UserError(Failure):
+class UserError(CommandError):
     """The user's mistake: the message names the value and what would be right. Exit code 2."""
 
 
@@ -23,13 +23,13 @@ class CheckpointError(UserError):
     """A working directory that cannot be continued from or written to."""
 
 
-class Diverged(Failure):
+class Diverged(CommandError):
     """The loss or the gradients stayed non-finite. Starting again would diverge again. Exit code 3."""
 
     exit_code = 3
 
 
-class Interrupted(Failure):
+class Interrupted(CommandError):
     """Stopped by a signal after saving; starting again continues the run. Exit code 75 (EX_TEMPFAIL)."""
 
     exit_code = 75

@@ -17,8 +17,3 @@ def grid(images_BHWC: np.ndarray, columns: int | None = None, scale: int = 1, ga
         y, x = gap + (i // columns) * cell_h, gap + (i % columns) * cell_w
         canvas[y : y + height * scale, x : x + width * scale] = image
     return canvas
-
-
-def enlargement(image_size: int) -> int:
-    """How much `grid` should enlarge images for a person to see them: up to 64 pixels."""
-    return max(1, 64 // image_size)

@@ -99,7 +99,7 @@ def prototype_cross_entropy(
             jnp.square(t_BCK).mean(axis=-1),
             s_BCK.argmax(axis=-1) == p_BCK.argmax(axis=-1),
         )
-        return (p_BCK * valid_C[:, None]).sum(axis=(0, 1)), *((x * valid_C).sum() for x in of_tokens)
+        return (p_BCK * valid_C[None, :, None]).sum(axis=(0, 1)), *((x * valid_C[None]).sum() for x in of_tokens)
 
     def body(sums: tuple, xs: tuple) -> tuple[tuple, None]:
         return jax.tree.map(jnp.add, sums, one(*xs)), None

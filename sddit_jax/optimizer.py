@@ -2,11 +2,11 @@
 
 import optax
 
-from sddit_jax import config as config_lib
+from sddit_jax import schema
 from sddit_jax.errors import ConfigError
 
 
-def make_optimizer(config: config_lib.Optimizer) -> optax.GradientTransformation:
+def make_optimizer(config: schema.Optimizer) -> optax.GradientTransformation:
     """The optimiser at learning rate 1; the train step multiplies its updates by the rate of the step.
 
     Exact for each name below, since the learning rate is the last factor of all of them. (A rate inside the

@@ -11,8 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tqdm
+from PIL import Image
 
+from sddit_jax import images
 from sddit_jax.errors import UserError
 
 
@@ -158,3 +161,10 @@ class Progress:
     def close(self) -> None:
         """Leaves the bar as it is."""
         self._bar.close()
+
+
+def save_grid(images_BHWC: np.ndarray, path: Path) -> None:
+    """Writes uint8 images [B, H, W, C] as one PNG, small ones enlarged for a person to see them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas = images.grid(images_BHWC, scale=max(1, 64 // images_BHWC.shape[1]))
+    Image.fromarray(canvas.squeeze(-1) if canvas.shape[-1] == 1 else canvas).save(path)

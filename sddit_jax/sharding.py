@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sddit_jax import config as config_lib
+from sddit_jax import schema
 from sddit_jax.errors import ConfigError
 
 BATCH = ("data", "fsdp")
@@ -35,7 +35,7 @@ RULES = (
 )
 
 
-def make_mesh(config: config_lib.Parallel, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: schema.Parallel, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The (data, fsdp, tensor) mesh over `devices` (all if None). Raises ConfigError if the sizes do not fit."""
     devices = jax.devices() if devices is None else devices
     data = config.data

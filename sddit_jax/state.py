@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sddit_jax import config as config_lib
+from sddit_jax import schema
 from sddit_jax.codec import PixelCodec
 from sddit_jax.diffusion import EDM
 from sddit_jax.models.layers import Constrain, unconstrained
@@ -23,7 +23,7 @@ State = dict[str, Any]
 class Parts:
     """What a configuration is made of. Holds no arrays."""
 
-    config: config_lib.Config
+    config: schema.Config
     network: Network
     diffusion: EDM
     codec: PixelCodec
@@ -42,7 +42,7 @@ class Parts:
         }
 
 
-def make_parts(config: config_lib.Config, constrain: Constrain = unconstrained) -> Parts:
+def make_parts(config: schema.Config, constrain: Constrain = unconstrained) -> Parts:
     """The parts of a checked configuration. Raises ConfigError for an unknown optimiser."""
     network = Network(config, constrain)
     diffusion = EDM(**dataclasses.asdict(config.diffusion))

@@ -10,24 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from PIL import Image
 
 from sddit_jax import config as config_lib
-from sddit_jax import evaluation, images, sharding
+from sddit_jax import evaluation, sharding
 from sddit_jax.checkpoint import Checkpointer
 from sddit_jax.data.loader import make_loader
 from sddit_jax.data.sources import Source, open_source
 from sddit_jax.errors import CheckpointError, ConfigError, Diverged, Interrupted
-from sddit_jax.reporting import MetricsLog, Progress
+from sddit_jax.reporting import MetricsLog, Progress, save_grid
 from sddit_jax.sampling.sampler import balanced_labels, make_generate, make_sample
+from sddit_jax.schema import Config
 from sddit_jax.state import Parts, State, make_parts
 from sddit_jax.train_step import make_train_step
 
 log = logging.getLogger("sddit_jax")
 
 
-def train(config: config_lib.Config, workdir: Path) -> None:
+def train(config: Config, workdir: Path) -> None:
     """Trains until config.steps, from the newest intact checkpoint in workdir if there is one.
 
     Raises ConfigError, DataError or CheckpointError before the first step; Diverged or Interrupted after saving.
@@ -73,7 +72,7 @@ class _Run:
 
     def __init__(
         self,
-        config: config_lib.Config,
+        config: Config,
         workdir: Path,
         mesh: jax.sharding.Mesh,
         parts: Parts,
@@ -150,9 +149,9 @@ class _Run:
 
     def _report(self, meter: "_Meter", step: int, metrics: dict[str, Any], state: State) -> None:
         values = {key: float(value) for key, value in jax.device_get(metrics).items()}
-        if meter.report(step, values) and (reason := evaluation.collapse(self.parts, values)):
-            if step > self.config.steps // 10:
-                log.warning("step %d: the discrimination looks collapsed: %s", step, reason)
+        meter.report(step, values)
+        if step > self.config.steps // 10 and (reason := evaluation.collapse(self.parts, values)):
+            log.warning("step %d: the discrimination looks collapsed: %s", step, reason)
         if meter.skipped >= self.config.optimizer.max_skipped:
             current = int(state["step"])
             self.checkpointer.save(current, state, self.meta)
@@ -176,19 +175,19 @@ class _Run:
 class _Meter:
     """Rows of metrics at their interval, the bar, speed, and how many steps in a row were skipped."""
 
-    def __init__(self, config: config_lib.Config, start: int, metrics_log: MetricsLog) -> None:
+    def __init__(self, config: Config, start: int, metrics_log: MetricsLog) -> None:
         self.config, self.metrics_log = config, metrics_log
         self.progress = Progress(config.steps, start, primary=jax.process_index() == 0)
         self.skipped, self.waited = 0, 0.0
         self.last_step, self.last_time, self.rate = start, time.monotonic(), 0.0
 
-    def report(self, step: int, values: dict[str, float]) -> bool:
-        """Takes one step's metrics; True if they became a row."""
+    def report(self, step: int, values: dict[str, float]) -> None:
+        """Takes one step's metrics, for a row if it is time for one."""
         self.skipped = self.skipped + 1 if values["train/skipped"] else 0
         every = self.config.log.every
         diagnosed = any(key.endswith("/information") for key in values)
         if step % every and step not in (1, self.config.steps) and not diagnosed:
-            return False
+            return
         now = time.monotonic()
         seconds = (now - self.last_time) / max(step - self.last_step, 1)
         perf = {
@@ -199,18 +198,10 @@ class _Meter:
         self.last_step, self.last_time, self.waited = step, now, 0.0
         self.metrics_log.write(step, values | perf | {"images_seen": step * self.config.batch_size})
         self.progress.update(step, loss=values["train/loss"], images_per_second=perf["perf/images_per_second"])
-        return True
 
     def close(self) -> None:
         """Ends the bar."""
         self.progress.close()
-
-
-def save_grid(pictures_BHWC: np.ndarray, path: Path) -> None:
-    """uint8 images as one enlarged PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas = images.grid(pictures_BHWC, scale=images.enlargement(pictures_BHWC.shape[1]))
-    Image.fromarray(canvas.squeeze(-1) if canvas.shape[-1] == 1 else canvas).save(path)
 
 
 @contextmanager
@@ -231,7 +222,7 @@ def _stop_signals() -> Iterator[list[str]]:
             signal.signal(number, old)
 
 
-def _open_source(config: config_lib.Config) -> Source:
+def _open_source(config: Config) -> Source:
     m = config.model
     source = open_source(config.data.source, split=config.data.split, image_size=m.image_size, channels=m.channels)
     if m.num_classes and source.num_classes != m.num_classes:
@@ -242,7 +233,7 @@ def _open_source(config: config_lib.Config) -> Source:
     return source
 
 
-def _claim(workdir: Path, config: config_lib.Config) -> None:
+def _claim(workdir: Path, config: Config) -> None:
     """Writes WORKDIR/config.json; where there is one, prints what differs and refuses another model."""
     path = workdir / "config.json"
     if path.exists():
@@ -265,9 +256,7 @@ def _claim(workdir: Path, config: config_lib.Config) -> None:
             raise CheckpointError(f"{workdir} could not be written: {error}") from error
 
 
-def _print_plan(
-    config: config_lib.Config, source: Source, mesh: jax.sharding.Mesh, abstract: State, start: int
-) -> None:
+def _print_plan(config: Config, source: Source, mesh: jax.sharding.Mesh, abstract: State, start: int) -> None:
     counts = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in abstract["params"].items()}
     sizes = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     m = config.model

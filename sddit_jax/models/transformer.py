@@ -12,7 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from sddit_jax import config as config_lib
+from sddit_jax import schema
 from sddit_jax.masking import Mask, put_back, take
 from sddit_jax.models.layers import (
     NORMAL,
@@ -59,7 +59,7 @@ def unpatchify(patches_BNP: jax.Array, patch: int, channels: int) -> jax.Array:
 class Encoder(nn.Module):
     """Patch, position, time and label embeddings, an optional [CLS] token, and adaLN-Zero blocks."""
 
-    model: config_lib.Model
+    model: schema.Model
     constrain: Constrain = unconstrained
 
     @nn.compact
@@ -123,7 +123,7 @@ class Decoder(nn.Module):
     learnt token after the projection. With decoder_depth 0 only the final layer is left, as in DiT.
     """
 
-    model: config_lib.Model
+    model: schema.Model
     fill: str = "noisy"
     constrain: Constrain = unconstrained
 
@@ -197,7 +197,7 @@ class Network:
     there is no head.
     """
 
-    def __init__(self, config: config_lib.Config, constrain: Constrain = unconstrained) -> None:
+    def __init__(self, config: schema.Config, constrain: Constrain = unconstrained) -> None:
         self.model = config.model
         self.mask_ratio = config.masking.ratio
         self.encoder = Encoder(config.model, constrain)

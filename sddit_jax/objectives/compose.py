@@ -1,6 +1,6 @@
 """The methods as compositions: which objectives a configuration is made of."""
 
-from sddit_jax import config as config_lib
+from sddit_jax import schema
 from sddit_jax.diffusion import EDM
 from sddit_jax.models.transformer import Network
 from sddit_jax.objectives.base import Objective
@@ -8,7 +8,7 @@ from sddit_jax.objectives.denoising import Denoising, Reconstruction
 from sddit_jax.objectives.discrimination import Discrimination
 
 
-def make_objectives(config: config_lib.Config, network: Network, diffusion: EDM) -> tuple[Objective, ...]:
+def make_objectives(config: schema.Config, network: Network, diffusion: EDM) -> tuple[Objective, ...]:
     """The objectives with a weight above 0, in a fixed order."""
     o, patch = config.objectives, config.model.patch
     objectives = (

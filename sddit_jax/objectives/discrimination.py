@@ -12,8 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sddit_jax import config as config_lib
-from sddit_jax import schedules
+from sddit_jax import schedules, schema
 from sddit_jax.diffusion import EDM
 from sddit_jax.losses import HIGHEST, assignment_information, entropy, prototype_cross_entropy
 from sddit_jax.masking import take
@@ -34,7 +33,7 @@ class Discrimination:
     assignment has to come from the image.
     """
 
-    config: config_lib.Discrimination
+    config: schema.Discrimination
     network: Network
     diffusion: EDM
     steps: int

@@ -1,0 +1,99 @@
+"""Draws samples: python -m sddit_jax.sample --workdir=RUN --output=DIR --num_samples=N.
+
+Writes DIR/samples.npz (`arr_0` uint8 NHWC, `arr_1` int32 labels), DIR/samples.json (how they were made), DIR/grid.png.
+"""
+
+import json
+import logging
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+
+from sddit_jax import cli, sharding
+from sddit_jax.checkpoint import Checkpointer
+from sddit_jax.config import resolve
+from sddit_jax.errors import CheckpointError, UserError
+from sddit_jax.reporting import save_grid
+from sddit_jax.sampling.sampler import balanced_labels, make_generate, make_sample
+from sddit_jax.schema import Parallel
+from sddit_jax.state import make_parts
+
+log = logging.getLogger("sddit_jax")
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run whose EMA weights are used.")
+OUTPUT = flags.DEFINE_string("output", None, "Folder to write to; it is made.")
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 100, "How many images.", lower_bound=1)
+LABELS = flags.DEFINE_string("labels", "balanced", "balanced, random, or class labels such as 3,1,4 that are repeated.")
+GUIDANCE = flags.DEFINE_float("guidance", None, "Classifier-free guidance; 1: none. Left out: the run's setting.")
+STEPS = flags.DEFINE_integer("steps", None, "Noise levels. Left out: the run's setting.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "Image i is a function of seed, i and its label.", lower_bound=0)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images computed at a time.", lower_bound=1)
+STEP = flags.DEFINE_integer("checkpoint_step", None, "Step of the checkpoint. Left out: the newest that is intact.")
+
+
+def parse_labels(spec: str, count: int, num_classes: int, seed: int) -> np.ndarray:
+    """int32 [count] from balanced, random or a list. Raises UserError for a label that the model does not have."""
+    if spec == "balanced":
+        return balanced_labels(count, num_classes)
+    if spec == "random":
+        return np.random.default_rng(seed).integers(max(num_classes, 1), size=count, dtype=np.int32)
+    try:
+        labels = [int(label) for label in spec.split(",")]
+    except ValueError as error:
+        raise UserError(f"--labels={spec} is not balanced, random or numbers such as 3,1,4") from error
+    for label in labels:
+        if not 0 <= label < num_classes:
+            raise UserError(f"--labels has {label}, but the model's classes are 0 to {num_classes - 1}")
+    return np.resize(np.array(labels, np.int32), count)
+
+
+def main() -> None:
+    """Draws what the flags say."""
+    if not WORKDIR.value or not OUTPUT.value:
+        raise UserError("--workdir=RUN and --output=DIR are needed")
+    checkpoints = Path(WORKDIR.value).expanduser() / "checkpoints"
+    if not checkpoints.is_dir():
+        raise CheckpointError(
+            f"--workdir={WORKDIR.value} has no checkpoints; it should be a folder that main trained in"
+        )
+    ema, meta = Checkpointer(checkpoints, read_only=True).restore_ema(step=STEP.value)
+    config = resolve(meta["config"])
+    steps = STEPS.value or config.sampling.steps
+    guidance = config.sampling.guidance if GUIDANCE.value is None else GUIDANCE.value
+    label_N = parse_labels(LABELS.value, NUM_SAMPLES.value, config.model.num_classes, SEED.value)
+
+    parts = make_parts(config)
+    sample = make_sample(
+        parts.network, parts.diffusion, parts.codec, steps=steps, rho=config.sampling.rho, guidance=guidance
+    )
+    mesh = sharding.make_mesh(Parallel())
+    generate = make_generate(sample, mesh, min(BATCH_SIZE.value, NUM_SAMPLES.value))
+    images_NHWC = generate(jax.device_put(ema["default"], sharding.replicated(mesh)), SEED.value, label_N)
+
+    output = Path(OUTPUT.value).expanduser()
+    record = {
+        "workdir": str(WORKDIR.value),
+        "checkpoint_step": meta["step"],
+        "checkpoint_digests": {path: value for path, value in meta["digests"].items() if path.startswith("ema/")},
+        "seed": SEED.value,
+        "first_index": 0,
+        "count": len(label_N),
+        "labels": LABELS.value,
+        "sampler": {"name": "heun", "steps": steps, "rho": config.sampling.rho},
+        "guidance": guidance,
+        "codec": meta["codec"],
+    }
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        np.savez(output / "samples.npz", arr_0=images_NHWC, arr_1=label_N)
+        (output / "samples.json").write_text(json.dumps(record, indent=2))
+        save_grid(images_NHWC[:100], output / "grid.png")
+    except OSError as error:
+        raise UserError(f"--output={output} could not be written: {error}") from error
+    log.info("%d images of step %d in %s", len(label_N), meta["step"], output)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,247 @@
+"""The configuration of a run: frozen dataclasses, in which each default lives once.
+
+Each default says where its value is from:
+  P  the SD-DiT paper's abstract or introduction
+  S  a secondary source about SD-DiT
+  I  inferred from MaskDiT, iBOT or EDM, on which SD-DiT builds
+  C  our choice
+"""
+
+import dataclasses
+from typing import Any
+
+
+def _default(value: Any, source: str, meaning: str, **allowed: Any) -> Any:
+    """A field: default, provenance (P, S, I or C), one line of documentation, and what its values may be.
+
+    allowed: least, most, above (numbers; for a tuple, of each element) and choices (strings).
+    """
+    return dataclasses.field(default=value, metadata={"source": source, "meaning": meaning, **allowed})
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The network. `models.sizes.decode` names the published sizes; any other numbers are as good."""
+
+    image_size: int = _default(32, "I", "height and width of what the network sees (latents of 256 px: 32)", least=1)
+    channels: int = _default(4, "I", "channels of what the network sees", least=1)
+    num_classes: int = _default(1000, "I", "class labels; 0 trains without labels", least=0)
+    patch: int = _default(2, "I", "height and width of a patch", least=1)
+    depth: int = _default(28, "I", "encoder blocks", least=1)
+    width: int = _default(1152, "I", "encoder width", least=1)
+    heads: int = _default(16, "I", "encoder attention heads", least=1)
+    mlp_ratio: float = _default(4.0, "I", "hidden width of a block's MLP over its width", above=0)
+    decoder_depth: int = _default(8, "I", "decoder blocks; 0 puts the final layer on the encoder (DiT)", least=0)
+    decoder_width: int = _default(512, "I", "decoder width", least=1)
+    decoder_heads: int = _default(16, "I", "decoder attention heads", least=1)
+    cls_token: bool = _default(True, "S", "whether the encoder carries a [CLS] token")
+    null_label: str = _default(
+        "zero", "I", "the dropped label: 'zero' vector (MaskDiT) or a learnt 'row' (DiT)", choices=("zero", "row")
+    )
+    learn_sigma: bool = _default(False, "I", "twice the output channels, as DiT's checkpoints have")
+    scan: bool = _default(True, "C", "one compiled block in a loop (fast to compile), or unrolled")
+    remat: str = _default(
+        "none", "C", "what the backward pass recomputes: none, dots or full", choices=("none", "dots", "full")
+    )
+    dtype: str = _default(
+        "float32", "C", "dtype of the matrix products: float32 or bfloat16", choices=("float32", "bfloat16")
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Diffusion:
+    """EDM's noise level distribution and preconditioning (Karras et al. 2022, Table 1)."""
+
+    sigma_data: float = _default(0.5, "I", "standard deviation of the data that the network sees", above=0)
+    log_sigma_mean: float = _default(-1.2, "I", "mean of ln sigma in training")
+    log_sigma_std: float = _default(1.2, "I", "standard deviation of ln sigma in training", above=0)
+    sigma_min: float = _default(0.002, "S", "lowest noise level; the teacher's, always", above=0)
+    sigma_max: float = _default(80.0, "I", "noise level at which sampling starts", above=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Masking:
+    """Which tokens the student's encoder does not see, and what the decoder gets in their place."""
+
+    ratio: float = _default(0.2, "S", "share of the student's tokens made invisible, in [0, 1)")
+    fill: str = _default(
+        "noisy",
+        "P",
+        "decoder input there: 'noisy' tokens, or a learnt 'mask_token' (MaskDiT)",
+        choices=("noisy", "mask_token"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoising:
+    """EDM's weighted denoising loss."""
+
+    weight: float = _default(1.0, "I", "weight in the total loss", least=0)
+    scope: str = _default(
+        "all", "I", "average over 'all' patches, or the 'visible' ones (MaskDiT)", choices=("all", "visible")
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Discrimination:
+    """Self-distillation between the student's and the teacher's tokens."""
+
+    weight: float = _default(0.1, "C", "weight in the total loss; 0 trains without teacher and head", least=0)
+    prototypes: int = _default(8192, "I", "number of prototypes K", least=2)
+    head_width: int = _default(2048, "I", "hidden width of the projection head", least=1)
+    bottleneck: int = _default(256, "I", "width of the head's normalised output", least=1)
+    student_temperature: float = _default(0.1, "I", "temperature of the student's softmax", above=0)
+    teacher_temperature: tuple[float, float] = _default(
+        (0.04, 0.07), "I", "temperature of the teacher's softmax: first and last", above=0
+    )
+    teacher_temperature_warmup: float = _default(0.3, "I", "share of the run in which it rises", least=0, most=1)
+    centering: str = _default(
+        "mean",
+        "S",
+        "running mean of the logits: one 'mean' (DINO), or one per 'condition' (position, label)",
+        choices=("mean", "condition"),
+    )
+    standardise: bool = _default(
+        False, "C", "teacher temperatures in units of the running standard deviation of the centered logits"
+    )
+    center_momentum: float = _default(0.9, "I", "momentum of the running centers", least=0, most=1)
+    teacher: str = _default("own", "C", "'own' EMA law, or 'ema': read the sampling EMA", choices=("own", "ema"))
+    teacher_momentum: tuple[float, float] = _default(
+        (0.996, 1.0), "C", "own law: momentum, first and last, by cosine over the run", least=0, most=1
+    )
+    chunk: int = _default(16, "C", "token positions whose prototype logits exist at one time", least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstruction:
+    """MaskDiT's auxiliary loss: the noisy input of the invisible patches, normalised per patch."""
+
+    weight: float = _default(0.0, "I", "weight in the total loss (MaskDiT: 0.1)", least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Objectives:
+    """The terms of the loss. A weight of 0 leaves a term, and all that only it needs, out."""
+
+    denoising: Denoising = Denoising()
+    discrimination: Discrimination = Discrimination()
+    reconstruction: Reconstruction = Reconstruction()
+    label_dropout: float = _default(0.1, "I", "share of labels replaced by the null label", least=0, most=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """An optimiser of optax by name, with its learning rate a function of the step."""
+
+    name: str = _default("adamw", "I", "adamw, adam, lion, sgd, radam, nadamw, lamb or muon")
+    learning_rate: float = _default(1e-4, "I", "peak learning rate", above=0)
+    schedule: str = _default(
+        "constant", "I", "after warm-up: constant or cosine (to 0)", choices=("constant", "cosine")
+    )
+    warmup_steps: int = _default(0, "I", "steps of linear warm-up", least=0)
+    b1: float = _default(0.9, "I", "decay of the first moment (momentum for sgd)", least=0, most=1)
+    b2: float = _default(0.999, "I", "decay of the second moment", least=0, most=1)
+    eps: float = _default(1e-8, "I", "added to the root of the second moment", above=0)
+    weight_decay: float = _default(0.0, "I", "decoupled weight decay", least=0)
+    clip_norm: float = _default(0.0, "I", "largest global gradient norm; 0 does not clip", least=0)
+    max_skipped: int = _default(10, "C", "non-finite steps in a row, each skipped, before the run ends", least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class EMA:
+    """The weights that sampling uses: decay(t) = min(decay, (1 + t) / (10 + t))."""
+
+    decay: float = _default(0.9999, "I", "decay of the sampling EMA", least=0, most=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where images come from."""
+
+    source: str = _default("folder:", "C", "digits, folder:PATH or tfds:NAME")
+    split: str = _default("train", "C", "split of the dataset")
+    flip: bool = _default(True, "I", "mirror half of the images")
+    num_threads: int = _default(16, "C", "reading threads", least=1)
+    prefetch: int = _default(8, "C", "batches read ahead", least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """How pixels become what the network sees: z = (x - mean) * scale, x in [-1, 1], per channel."""
+
+    name: str = _default("pixels", "C", "pixels", choices=("pixels",))
+    mean: tuple[float, ...] = _default((0.0,), "C", "mean per channel; one value serves all")
+    scale: tuple[float, ...] = _default((0.5,), "C", "scale per channel; one value serves all")
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    """The device mesh, and how a batch is computed on it."""
+
+    data: int = _default(-1, "C", "devices along the data axis; -1: what is left")
+    fsdp: int = _default(1, "C", "devices along the fsdp axis, which shards parameters too", least=1)
+    tensor: int = _default(1, "C", "devices along the tensor axis", least=1)
+    microbatches: int = _default(1, "C", "parts in which a batch's gradient is computed, one after another", least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """When to save, and what to keep."""
+
+    every: int = _default(5000, "C", "steps between checkpoints", least=1)
+    keep_last: int = _default(2, "C", "newest checkpoints to keep", least=1)
+    keep_every: int = _default(50_000, "I", "also keep every step divisible by this; 0: none", least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """EDM's deterministic Heun sampler, and the grid of samples drawn during training."""
+
+    steps: int = _default(40, "I", "noise levels (network passes: 2 * steps - 1)", least=1)
+    rho: float = _default(7.0, "I", "exponent of the noise schedule", above=0)
+    guidance: float = _default(1.0, "C", "classifier-free guidance; 1: none", least=0)
+    every: int = _default(5000, "C", "steps between sample grids; 0: none", least=0)
+    grid: int = _default(64, "C", "images in a grid", least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    """What is measured when the run is done."""
+
+    name: str = _default(
+        "none", "C", "none, or digits: the samples judged against the real digits", choices=("none", "digits")
+    )
+    draws: int = _default(5, "C", "independent draws of samples", least=1)
+    num_samples: int = _default(1000, "C", "samples in a draw", least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """What is written, and how often."""
+
+    every: int = _default(100, "C", "steps between rows of metrics.jsonl", least=1)
+    diagnose_every: int = _default(1000, "C", "steps between diagnoses of the teacher's assignments; 0: none", least=0)
+    tensorboard: bool = _default(True, "C", "write TensorBoard events when a writer is installed")
+    wandb: str = _default("", "C", "Weights & Biases project; empty: off")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run, whole."""
+
+    seed: int = _default(0, "I", "seed of everything", least=0)
+    steps: int = _default(400_000, "I", "training steps", least=1)
+    batch_size: int = _default(256, "I", "global batch size", least=1)
+    model: Model = Model()
+    diffusion: Diffusion = Diffusion()
+    masking: Masking = Masking()
+    objectives: Objectives = Objectives()
+    optimizer: Optimizer = Optimizer()
+    ema: EMA = EMA()
+    data: Data = Data()
+    codec: Codec = Codec()
+    parallel: Parallel = Parallel()
+    checkpoint: Checkpoint = Checkpoint()
+    sampling: Sampling = Sampling()
+    eval: Eval = Eval()
+    log: Log = Log()

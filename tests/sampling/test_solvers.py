@@ -1,0 +1,125 @@
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import random_params, tiny_config
+
+from sddit_jax.codec import PixelCodec
+from sddit_jax.diffusion import EDM
+from sddit_jax.models.transformer import Network
+from sddit_jax.sampling.guidance import make_denoise
+from sddit_jax.sampling.sampler import make_sample
+from sddit_jax.sampling.solvers import heun, noise_levels
+
+
+def edm_levels(steps):
+    return noise_levels(steps, 0.002, 80.0, 7.0)
+
+
+@pytest.mark.parametrize(
+    ("steps", "first", "last"),
+    [
+        (18, [80, 57.5859847, 40.7855738, 28.3745846], [0.0229345184, 0.00752801996, 0.002, 0]),
+        (40, [80, 69.450946, 60.1173948, 51.8803181], [0.00643711328, 0.00367658917, 0.002, 0]),
+    ],
+)
+def test_noise_levels(steps, first, last):
+    levels = edm_levels(steps)
+    assert levels.dtype == np.float32
+    assert len(levels) == steps + 1
+    np.testing.assert_allclose([*levels[:4], *levels[-4:]], [*first, *last], rtol=2e-7)
+    assert (np.diff(levels) < 0).all()
+
+
+def test_one_step_denoises_pure_noise():
+    np.testing.assert_array_equal(edm_levels(1), [80, 0])
+    out = heun(lambda x, sigma: x / sigma, jnp.ones((1, 1, 1, 1)), edm_levels(1))
+    np.testing.assert_allclose(out, 1, rtol=1e-7)
+
+
+@pytest.mark.parametrize(("steps", "multiplier"), [(18, 0.527625), (40, 0.504877), (256, 0.500095)])
+def test_a_fresh_network_multiplies_the_noise(steps, multiplier):
+    diffusion, noise = EDM(), jnp.array([1.0, -2.0]).reshape(1, 1, 2, 1)
+
+    def denoise(x, sigma):
+        return diffusion.denoise(lambda x, c_noise: 0 * x, x, sigma[None])
+
+    np.testing.assert_allclose(heun(denoise, noise, edm_levels(steps)), multiplier * noise, rtol=3e-6)
+
+
+def test_heun_is_of_second_order():
+    # Data N(0, v): the PF-ODE is solved by x = c (v + sigma^2)^(1/2), c = noise for sigma_max >> v^(1/2).
+    variance, exact = 0.25, 80 * (0.25 / (0.25 + 80**2)) ** 0.5
+
+    def error(steps):
+        denoised = heun(lambda x, s: x * variance / (variance + s**2), jnp.ones((1, 1, 1, 1)), edm_levels(steps))
+        return abs(float(denoised.squeeze()) - exact)
+
+    errors = np.array([error(steps) for steps in (40, 80, 160)])
+    orders = np.log2(errors[:-1] / errors[1:])
+    assert ((orders > 1.9) & (orders < 2.2)).all(), orders
+
+
+class Recorder:
+    """A network whose F is the label on every channel, and the labels of its calls."""
+
+    def __init__(self, num_classes=4):
+        self.model = SimpleNamespace(num_classes=num_classes)
+        self.calls = []
+
+    def __call__(self, params, x, c_noise, label):
+        self.calls.append(np.asarray(label))
+        channels = 1 + jnp.arange(x.shape[-1])[None, None, None]
+        return jnp.broadcast_to(label[:, None, None, None] * channels, x.shape)
+
+
+def recorded(guidance, num_classes=4):
+    network = Recorder(num_classes)
+    label = jnp.array([0, 2, 3])
+    x = jax.random.normal(jax.random.key(0), (3, 2, 2, 4))
+    out = make_denoise(network, EDM(), {}, label, guidance)(x, jnp.float32(0.5))
+    # At sigma 0.5: c_skip = 1/2, c_out = 0.125^(1/2).
+    return network.calls, (out - 0.5 * x) / 0.125**0.5
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.5, 4.0])
+def test_guidance_is_on_all_channels(guidance):
+    calls, f = recorded(guidance)
+    np.testing.assert_array_equal(np.concatenate(calls), [0, 2, 3, 4, 4, 4])
+    guided = 4 + guidance * (np.array([0, 2, 3]) - 4)
+    expected = guided[:, None, None, None] * np.arange(1, 5)[None, None, None]
+    np.testing.assert_allclose(f, np.broadcast_to(expected, f.shape), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("guidance", "num_classes"), [(1.0, 4), (3.0, 0)])
+def test_without_guidance_or_classes_there_is_no_null_pass(guidance, num_classes):
+    calls, f = recorded(guidance, num_classes)
+    assert [list(call) for call in calls] == [[0, 2, 3]]
+    np.testing.assert_allclose(f[1, 0, 0], [2, 4, 6, 8], rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def generate():
+    """generate(indices, labels, seed=0) -> images as int32, from one compiled sampler per batch size."""
+    network = Network(tiny_config())
+    params = random_params(network.init)
+    sample = jax.jit(make_sample(network, EDM(), PixelCodec((0.0,), (0.5,)), steps=3, rho=7.0, guidance=1.5))
+
+    def generate(indices, labels, seed=0):
+        return np.asarray(sample(params, seed, jnp.array(indices), jnp.array(labels)), np.int32)
+
+    return generate
+
+
+def test_an_image_is_a_function_of_seed_index_and_label(generate):
+    alone = generate([5], [2])[0]
+    assert alone.shape == (8, 8, 3)
+    batches = [([7, 5, 0], [2, 2, 0], 1), ([5, 5, 1], [2, 1, 2], 0)]
+    for indices, labels, position in batches:
+        images = generate(indices, labels)
+        for i, image in enumerate(images):
+            different = abs(image - alone).max()
+            assert different <= 1 if i == position else different > 10
+    assert abs(generate([5], [2], seed=1)[0] - alone).max() > 10

@@ -1,0 +1,41 @@
+import jax
+import numpy as np
+import pytest
+
+from sddit_jax.codec import PixelCodec
+
+
+@pytest.mark.parametrize(
+    ("mean", "scale"),
+    [
+        ((0.0,), (1.0,)),
+        ((0.0,), (0.5,)),
+        ((-0.39,), (0.6631,)),
+        ((0.1, -0.2, 0.3), (0.01, 1.0, 37.0)),
+        ((0.9, -0.9, 0.0), (0.91,)),
+    ],
+)
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_decode_inverts_encode_for_every_pixel_value(mean, scale, wrap):
+    codec = PixelCodec(mean, scale)
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
+    z = wrap(codec.encode)(pixels)
+    x = pixels.astype(np.float64) / 127.5 - 1
+    np.testing.assert_allclose(z, (x - np.array(mean)) * np.array(scale), rtol=1e-5, atol=1e-6 * max(scale))
+    decoded = wrap(codec.decode)(z)
+    assert decoded.dtype == np.uint8
+    np.testing.assert_array_equal(decoded, pixels)
+
+
+def test_decode_rounds_and_clips():
+    codec = PixelCodec((0.0,), (0.5,))
+    z = np.array([-9.0, -0.5, 0.0, 0.49999, 0.5, 9.0], np.float32).reshape(1, 1, -1, 1)
+    np.testing.assert_array_equal(codec.decode(z).ravel(), [0, 0, 128, 255, 255, 255])
+    # Half a level more than a pixel's value is where the next one starts.
+    for offset, level in [(0.499, 100), (0.501, 101), (-0.499, 100), (-0.501, 99)]:
+        assert codec.decode(np.full((1, 1, 1, 1), ((100 + offset) / 127.5 - 1) / 2, np.float32)) == level
+
+
+def test_record_says_what_the_codec_is():
+    record = PixelCodec((0.0,), (0.5, 1.0)).record()
+    assert record == {"name": "pixels", "mean": [0.0], "scale": [0.5, 1.0]}
