@@ -1,7 +1,6 @@
 import numpy as np
-import pytest
 
-from sddit_jax.images import enlargement, grid
+from sddit_jax.images import grid
 
 
 def test_grid_by_hand():
@@ -20,8 +19,3 @@ def test_grid_keeps_pixels_and_channels():
     np.testing.assert_array_equal(canvas[2:6, 10:16], images[1])
     np.testing.assert_array_equal(canvas[8:12, 2:8], images[3])
     assert canvas.sum() == images.sum()
-
-
-@pytest.mark.parametrize(("size", "factor"), [(8, 8), (32, 2), (33, 1), (64, 1), (256, 1)])
-def test_enlargement(size, factor):
-    assert enlargement(size) == factor
