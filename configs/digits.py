@@ -7,7 +7,7 @@ An argument chooses another method: --config=configs/digits.py:maskdit (sd_dit, 
 
 import ml_collections
 
-from sddit_jax.config import default_config
+from sddit_jax.config import CONDITION_CENTERING, default_config
 
 
 def get_config(method: str = "sd_dit") -> ml_collections.ConfigDict:
@@ -32,13 +32,11 @@ def get_config(method: str = "sd_dit") -> ml_collections.ConfigDict:
         config.codec.mean = (-0.39,)
         config.codec.scale = (0.665,)
 
+        config.update_from_flattened_dict(CONDITION_CENTERING)
         discrimination = config.objectives.discrimination
         discrimination.prototypes = 64
         discrimination.head_width = 256
         discrimination.bottleneck = 64
-        discrimination.centering = "condition"
-        discrimination.standardise = True
-        discrimination.teacher_temperature = (0.5, 0.5)
         discrimination.teacher_momentum = (0.99, 1.0)
 
         config.optimizer.learning_rate = 2e-3

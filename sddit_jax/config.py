@@ -54,6 +54,17 @@ METHODS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
     }
 )
 
+# With iBOT's settings, which are the defaults, the [CLS] term of small runs collapses to the label or to nothing. With
+# these it learns: a center for each condition, temperatures in units of the logits' own spread, centers that keep up.
+CONDITION_CENTERING: Mapping[str, Any] = types.MappingProxyType(
+    {
+        "objectives.discrimination.centering": "condition",
+        "objectives.discrimination.standardise": True,
+        "objectives.discrimination.teacher_temperature": (0.5, 0.5),
+        "objectives.discrimination.center_momentum": 0.5,
+    }
+)
+
 # What may differ between a checkpoint and the config that continues it. All else is the run's identity.
 FREE_ON_RESUME = ("steps", "parallel", "checkpoint", "sampling", "eval", "log", "data.num_threads", "data.prefetch",
                   "data.source", "model.scan", "model.remat", "optimizer.max_skipped")  # fmt: skip

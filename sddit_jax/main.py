@@ -22,6 +22,9 @@ def main() -> None:
     """Trains what --config says, in --workdir."""
     if CONFIG.value is None or not WORKDIR.value:
         raise UserError("--config=FILE and --workdir=DIR are needed, as in --config=configs/digits.py --workdir=runs/a")
+    file = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
+    if not Path(file).is_file():
+        raise UserError(f"--config={file}: no such file")
     train(resolve(CONFIG.value), Path(WORKDIR.value).expanduser())
 
 

@@ -19,7 +19,7 @@ from sddit_jax.masking import take
 from sddit_jax.models.transformer import Encoded, Network
 from sddit_jax.objectives.base import Metrics, Views
 
-VARIANCE_FLOOR = 1e-6
+VARIANCE_FLOOR = 1e-8
 
 
 @dataclasses.dataclass(frozen=True)

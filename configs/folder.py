@@ -1,0 +1,37 @@
+"""SD-DiT in pixels on a folder of images with one sub-folder per class (PNG, JPEG or WebP).
+
+    python -m sddit_jax.main --config=configs/folder.py:PATH --workdir=runs/mine
+
+Classes are counted from the folder; a folder without sub-folders trains without labels. Images are resized and cropped
+to 64 x 64; --config.model.image_size=32 and so on change what is wanted. For images of 256 pixels and more, train on
+latents.
+"""
+
+import ml_collections
+
+from sddit_jax.config import CONDITION_CENTERING, default_config
+from sddit_jax.data.sources import open_source
+from sddit_jax.models import sizes
+
+
+def get_config(path: str = "") -> ml_collections.ConfigDict:
+    config = default_config("sd_dit")
+    with config.unlocked():
+        config.steps = 200_000
+        config.batch_size = 128
+        config.model.update(sizes.decode("S/4"))
+        config.model.image_size = 64
+        config.model.channels = 3
+        config.model.dtype = "bfloat16"
+        config.codec.scale = (1.0,)
+
+        config.update_from_flattened_dict(CONDITION_CENTERING)
+        config.objectives.discrimination.prototypes = 1024
+
+        config.optimizer.warmup_steps = 1000
+        config.data.source = f"folder:{path}"
+        if path:
+            source = open_source(config.data.source, split="train", image_size=64, channels=3)
+            config.model.num_classes = source.num_classes
+        config.sampling.steps = 18
+    return config

@@ -1,0 +1,255 @@
+"""The commands as a user runs them: in a process of their own, ended by errors, signals and kills."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sddit_jax.checkpoint import Checkpointer
+
+ROOT = Path(__file__).parents[1]
+TINY = f"--config={ROOT}/tests/configs/tiny.py"
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """One device, and a compilation cache that the processes of a test session share."""
+    cache = tmp_path_factory.mktemp("compilation_cache")
+    return os.environ | {
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+@pytest.fixture
+def command(environment):
+    def run(module: str, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", f"sddit_jax.{module}", *arguments],
+            env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished(environment, tmp_path_factory) -> Path:
+    """The workdir of an uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("finished")
+    done = subprocess.run(
+        [sys.executable, "-m", "sddit_jax.main", TINY, f"--workdir={workdir}"],
+        env=environment, cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def final_digests(workdir: Path) -> dict[str, str]:
+    checkpointer = Checkpointer(workdir / "checkpoints", read_only=True)
+    assert checkpointer.latest_step() == 60
+    return checkpointer.read_meta(60)["digests"]
+
+
+def rows(workdir: Path) -> list[dict]:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("perf/")} for line in lines]
+
+
+def assert_same_run(workdir: Path, reference: Path) -> None:
+    assert final_digests(workdir) == final_digests(reference)
+    assert rows(workdir) == rows(reference)
+
+
+def assert_user_error(done: subprocess.CompletedProcess, *words: str, code: int = 2) -> None:
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    message = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
+    for word in words:
+        assert word in message
+
+
+def test_a_run_leaves_what_the_readme_says(finished):
+    assert json.loads((finished / "config.json").read_text())["steps"] == 60
+    assert sorted(path.name for path in (finished / "samples").iterdir()) == ["30.png", "60.png"]
+    table = rows(finished)
+    assert [row["step"] for row in table] == [1, *range(5, 61, 5)]
+    assert {"train/loss", "train/denoising", "train/discrimination/cls", "train/discrimination/patch", "images_seen",
+            "teacher/cls/entropy", "teacher/patch/mean_entropy", "teacher/cls/agreement", "teacher/cls/center_norm",
+            "grad_norm/encoder", "grad_norm/decoder", "grad_norm/head"} <= table[0].keys()  # fmt: skip
+    assert "teacher/cls/information" in table[4]
+    assert sorted(int(path.name) for path in (finished / "checkpoints").iterdir() if path.name.isdigit()) == [
+        40,
+        50,
+        60,
+    ]
+
+
+def test_a_finished_run_is_left_as_it_is(command, finished):
+    before = (finished / "metrics.jsonl").read_bytes()
+    assert command("main", TINY, f"--workdir={finished}").returncode == 0
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_continues(command, environment, finished, tmp_path, number):
+    process = start(environment, tmp_path)
+    wait_for_step(tmp_path, 5)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 75, stderr
+    step = int(re.search(rf"{number.name}: saved step (\d+)", stderr)[1])
+    assert Checkpointer(tmp_path / "checkpoints", read_only=True).latest_step() == step
+    assert command("main", TINY, f"--workdir={tmp_path}").returncode == 0
+    assert_same_run(tmp_path, finished)
+
+
+def start(environment, workdir: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "sddit_jax.main", TINY, f"--workdir={workdir}"],
+        env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_for_step(workdir: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        path = workdir / "metrics.jsonl"
+        if path.exists() and any(row["step"] >= step for row in complete_rows(path)):
+            return
+        time.sleep(0.02)
+    raise TimeoutError(f"no step {step} in {workdir}")
+
+
+def complete_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def kill_at_random(environment, workdir: Path, rng: random.Random) -> None:
+    """Starts the run, and kills it within the second in which it would train; or it is done before."""
+    process = start(environment, workdir)
+    deadline = time.monotonic() + 120
+    seen = len((workdir / "metrics.jsonl").read_bytes()) if (workdir / "metrics.jsonl").exists() else -1
+    while process.poll() is None and time.monotonic() < deadline:
+        path = workdir / "metrics.jsonl"
+        if path.exists() and len(path.read_bytes()) != seen:
+            time.sleep(rng.uniform(0, 1.0))
+            break
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+
+
+def test_killed_once_it_ends_as_if_never_killed(command, environment, finished, tmp_path):
+    kill_at_random(environment, tmp_path, random.Random(0))
+    assert command("main", TINY, f"--workdir={tmp_path}").returncode == 0
+    assert_same_run(tmp_path, finished)
+
+
+@pytest.mark.slow
+def test_killed_ten_times_in_a_row_it_ends_as_if_never_killed(command, environment, finished, tmp_path):
+    rng = random.Random(1)
+    for _ in range(10):
+        kill_at_random(environment, tmp_path, rng)
+    assert command("main", TINY, f"--workdir={tmp_path}").returncode == 0
+    assert_same_run(tmp_path, finished)
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_run_still_ends_the_same(command, finished, tmp_path):
+    workdir = tmp_path / "damaged"
+    shutil.copytree(finished, workdir)
+    file = max((workdir / "checkpoints" / "60").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    done = command("main", TINY, f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    assert "damaged" in done.stderr
+    assert "checkpoints/60" in done.stderr
+    assert_same_run(workdir, finished)
+
+
+def test_sample_writes_images_and_how_they_were_made(command, finished, tmp_path):
+    arguments = [f"--workdir={finished}", "--num_samples=6", "--labels=3,1", "--steps=4", "--guidance=1.5"]
+    assert command("sample", *arguments, f"--output={tmp_path}/a").returncode == 0
+    assert command("sample", *arguments, f"--output={tmp_path}/b", "--batch_size=4").returncode == 0
+    a, b = (np.load(tmp_path / name / "samples.npz", allow_pickle=False) for name in "ab")
+    assert a["arr_0"].shape == (6, 8, 8, 1)
+    assert a["arr_0"].dtype == np.uint8
+    assert a["arr_1"].tolist() == [3, 1, 3, 1, 3, 1]
+    assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1
+    record = json.loads((tmp_path / "a" / "samples.json").read_text())
+    assert record["checkpoint_step"] == 60
+    assert record["sampler"]["steps"] == 4
+    assert Image.open(tmp_path / "a" / "grid.png").size[0] > 64
+
+
+def test_wrong_arguments_are_explained(command, finished, tmp_path):
+    """One process each would take a minute; the errors of config.py itself are tested without one."""
+    workdir = f"--workdir={tmp_path}/new"
+    (tmp_path / "empty").mkdir()
+    assert_user_error(command("main"), "--config", "--workdir")
+    assert_user_error(command("main", TINY, workdir, "--config.model.dept=3"), "dept")
+    assert_user_error(command("main", TINY, workdir, "--config.model.depth=three"), "depth", "three")
+    assert_user_error(command("main", f"{TINY}:sddit", workdir), "sddit", "sd_dit")
+    assert_user_error(command("main", "--config=no/such/file.py", workdir), "no/such/file.py")
+    assert_user_error(command("main", TINY, workdir, "--config.masking.ratio=1.0"), "masking.ratio", "1.0")
+    assert_user_error(command("main", TINY, workdir, "--config.model.patch=3"), "model.patch 3", "8")
+    assert_user_error(command("main", TINY, workdir, "--config.model.heads=3"), "model.heads 3", "16")
+    assert_user_error(command("main", TINY, workdir, f"--config.data.source=folder:{tmp_path}/none"), "none")
+    assert_user_error(command("main", TINY, workdir, f"--config.data.source=folder:{tmp_path}/empty"), "no images")
+    assert_user_error(
+        command("main", TINY, f"--workdir={finished}", "--config.model.width=32"), "another model", "width"
+    )
+    assert not (tmp_path / "new").exists()
+    assert_user_error(command("sample", f"--workdir={tmp_path}/none", f"--output={tmp_path}/o"), "none")
+    assert_user_error(command("sample", f"--workdir={finished}", f"--output={tmp_path}/o", "--labels=12"), "12", "9")
+    assert final_digests(finished)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_state_kept(command, tmp_path):
+    arguments = [
+        TINY,
+        f"--workdir={tmp_path}",
+        "--config.optimizer.learning_rate=1e30",
+        "--config.optimizer.max_skipped=4",
+    ]
+    done = command("main", *arguments)
+    assert_user_error(done, "not finite", "learning_rate", code=3)
+    checkpointer = Checkpointer(tmp_path / "checkpoints", read_only=True)
+    ema, _ = checkpointer.restore_ema()
+    assert all(np.isfinite(leaf).all() for leaf in jax_leaves(ema))
+    again = command("main", *arguments)
+    assert_user_error(again, "not finite", code=3)
+
+
+def jax_leaves(tree) -> list:
+    return [leaf for value in tree.values() for leaf in (jax_leaves(value) if isinstance(value, dict) else [value])]
+
+
+def test_a_full_disk_is_named_and_earlier_checkpoints_stay(environment, tmp_path):
+    """The size limit of a process stands for a disk with no room: no checkpoint file fits, the log does."""
+    script = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (16384, 16384));"
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "import runpy; sys.argv = ['main', *sys.argv[1:]]; runpy.run_module('sddit_jax.main', run_name='__main__')"
+    )
+    environment = {key: value for key, value in environment.items() if key != "JAX_COMPILATION_CACHE_DIR"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, TINY, f"--workdir={tmp_path}"],
+        env=environment, cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    message = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert "could not be written" in message
+    assert str(tmp_path) in message

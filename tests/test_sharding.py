@@ -1,0 +1,219 @@
+"""The mesh, the table of layouts, and that neither changes what is computed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from tiny import BATCH, CONDITION, jit, make_batch, noised_state, tiny_parts
+
+from sddit_jax import schema
+from sddit_jax.errors import ConfigError
+from sddit_jax.sharding import (
+    batch_sharding,
+    check_batch,
+    local_rows,
+    make_constrain,
+    make_mesh,
+    path_name,
+    put_batch,
+    replicated,
+    shardings,
+)
+from sddit_jax.train_step import make_train_step
+
+STEPS = 20
+# Adam divides by |g| + eps. An element whose gradient is near 0 would step by lr in the direction of its rounding
+# error, on one device as on eight; this eps makes the step of such an element as small as its gradient.
+ADAM = {"optimizer.eps": 1e-3}
+MESHES = {
+    "data=8": {"parallel.data": 8},
+    "fsdp=8": {"parallel.fsdp": 8},
+    "data=2,fsdp=2,tensor=2": {"parallel.data": 2, "parallel.fsdp": 2, "parallel.tensor": 2},
+}
+VARIANTS = {
+    "sd_dit": ("sd_dit", {}),
+    "sd_dit condition": ("sd_dit", CONDITION),
+    "maskdit": ("maskdit", {}),
+    "dit_decoder": ("dit_decoder", {}),
+    "dit": ("dit", {}),
+}
+
+
+def run(parts, mesh):
+    """STEPS steps on a mesh, or without one: the last state and the metrics of each step."""
+    state, step = noised_state(parts), make_train_step(parts)
+    if mesh is None:
+        step, put = jit(step), lambda batch: batch
+    else:
+        layout = shardings(mesh, state)
+        state = jax.device_put(state, layout)
+        step = jit(step, out_shardings=(layout, replicated(mesh)), donate_argnums=0)
+        put = lambda batch: put_batch(mesh, batch)  # noqa: E731
+    rows = []
+    for seed in range(STEPS):
+        state, metrics = step(state, put(make_batch(parts, seed)))
+        rows.append(jax.device_get(metrics))
+    return state, rows
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The runs on one device, each computed once."""
+    runs = {}
+
+    def get(variant):
+        if variant not in runs:
+            method, changes = VARIANTS[variant]
+            runs[variant] = jax.device_get(run(tiny_parts(method, ADAM | changes), None))
+        return runs[variant]
+
+    return get
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("variant", "layout", "microbatches"),
+    [
+        *((variant, "data=8", 1) for variant in VARIANTS),
+        ("sd_dit condition", "data=2,fsdp=2,tensor=2", 2),
+        *(
+            slow(variant, layout, microbatches)
+            for variant in VARIANTS
+            for layout in MESHES
+            for microbatches in (1, 2)
+            if (layout, microbatches) != ("data=8", 1)
+            and (variant, layout, microbatches) != ("sd_dit condition", "data=2,fsdp=2,tensor=2", 2)
+        ),
+    ],
+)
+def test_a_mesh_and_microbatches_change_no_result(alone, variant, layout, microbatches):
+    method, changes = VARIANTS[variant]
+    changes = ADAM | changes | MESHES[layout] | {"parallel.microbatches": microbatches}
+    mesh = make_mesh(tiny_parts(method, changes).config.parallel)
+    parts = tiny_parts(method, changes, make_constrain(mesh))
+    state, rows = run(parts, mesh)
+    expected_state, expected_rows = alone(variant)
+    learning_rate = parts.config.optimizer.learning_rate
+
+    def check(path, a, b):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        excess = np.abs(a - b) - 1e-5 * np.abs(b)
+        assert excess.max() <= 0.01 * learning_rate, f"{path_name(path)}: off by {excess.max() / learning_rate:.3g} lr"
+
+    for name in ("params", "ema", "aux"):
+        jax.tree_util.tree_map_with_path(check, jax.device_get(state[name]), expected_state[name])
+    assert int(state["step"]) == STEPS
+    for row, expected in zip(rows, expected_rows, strict=True):
+        assert row.keys() == expected.keys()
+        for key in row:
+            # A share of tokens moves by whole tokens.
+            atol = 2 / BATCH if key.endswith("agreement") else 1e-6
+            np.testing.assert_allclose(row[key], expected[key], rtol=1e-4, atol=atol, err_msg=key)
+    layout = shardings(mesh, state)
+    jax.tree.map(
+        lambda a, s: a.sharding.is_equivalent_to(s, a.ndim) or pytest.fail(f"{a.sharding} is not {s}"), state, layout
+    )
+
+
+def specs_of(method="sd_dit", changes=None, **parallel):
+    """path -> PartitionSpec of every leaf of a state."""
+    parts = tiny_parts(method, changes)
+    mesh = make_mesh(schema.Parallel(**parallel))
+    state = jax.eval_shape(parts.init_state, jax.random.key(0))
+    leaves = jax.tree_util.tree_leaves_with_path(shardings(mesh, state))
+    return {path_name(path): sharding.spec for path, sharding in leaves}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "lion", "sgd", "radam", "nadamw", "lamb", "muon"])
+def test_ema_teacher_and_optimiser_lie_like_their_parameters(optimizer):
+    specs = specs_of(changes={"optimizer.name": optimizer}, data=2, fsdp=2, tensor=2)
+    params = {path.removeprefix("params/"): spec for path, spec in specs.items() if path.startswith("params/")}
+    assert {spec for spec in params.values() if spec != P()} > {P("fsdp", None)}
+    for path, spec in params.items():
+        assert specs[f"ema/default/{path}"] == spec
+        if path.startswith(("encoder/", "head/")):
+            assert specs[f"aux/discrimination/teacher/{path}"] == spec
+        moments = [s for name, s in specs.items() if name.startswith("opt_state/") and name.endswith("/" + path)]
+        assert moments
+        assert set(moments) == {spec}
+
+
+def test_the_table_of_layouts():
+    specs = specs_of(data=2, fsdp=2, tensor=2)
+    blocks = "params/encoder/stack/blocks"
+    assert specs[f"{blocks}/attention/qkv/kernel"] == P(None, "fsdp", None, "tensor", None)
+    assert specs[f"{blocks}/attention/qkv/bias"] == P(None, None, "tensor", None)
+    assert specs[f"{blocks}/attention/out/kernel"] == P(None, "tensor", None, "fsdp")
+    assert specs[f"{blocks}/mlp/hidden/kernel"] == P(None, "fsdp", "tensor")
+    assert specs[f"{blocks}/mlp/hidden/bias"] == P(None, "tensor")
+    assert specs[f"{blocks}/mlp/out/kernel"] == P(None, "tensor", "fsdp")
+    assert specs[f"{blocks}/modulation/linear/kernel"] == P(None, "fsdp", None, None)
+    assert specs["params/decoder/bridge/modulation/linear/kernel"] == P("fsdp", None, None)
+    assert specs["params/encoder/label/table"] == P(None, "fsdp")
+    assert specs["params/head/prototypes"] == P("fsdp", None)
+    assert specs["params/encoder/patch/kernel"] == P("fsdp", None)
+    for path in ("step", "params/encoder/cls", "params/encoder/patch/bias", "aux/discrimination/center/patch"):
+        assert not any(specs[path]), path
+
+
+def test_an_axis_that_does_not_divide_is_left_out():
+    specs = specs_of(fsdp=1, tensor=8)  # 2 heads, 64 hidden channels
+    assert specs["params/encoder/stack/blocks/attention/qkv/kernel"] == P(None, "fsdp", None, None, None)
+    assert specs["params/encoder/stack/blocks/mlp/hidden/kernel"] == P(None, "fsdp", "tensor")
+
+
+def test_a_rule_with_too_many_axes_names_the_leaf():
+    with pytest.raises(ValueError, match="params/patch/kernel"):
+        shardings(make_mesh(schema.Parallel()), {"params": {"patch": {"kernel": jnp.zeros(4)}}})
+
+
+def test_a_mesh_takes_what_is_left_for_data():
+    assert dict(make_mesh(schema.Parallel()).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert dict(make_mesh(schema.Parallel(fsdp=2, tensor=2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(make_mesh(schema.Parallel(), jax.devices()[:2]).shape) == {"data": 2, "fsdp": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("parallel", "sizes", "needed"),
+    [
+        ({"fsdp": 3}, "data 2 x fsdp 3 x tensor 1", 6),
+        ({"data": 4}, "data 4 x fsdp 1 x tensor 1", 4),
+        ({"data": 4, "fsdp": 2, "tensor": 2}, "data 4 x fsdp 2 x tensor 2", 16),
+        ({"fsdp": 16}, "data 1 x fsdp 16 x tensor 1", 16),
+    ],
+)
+def test_a_mesh_that_does_not_fit_names_its_sizes(parallel, sizes, needed):
+    with pytest.raises(ConfigError, match=f"{sizes} needs {needed} devices, but there are 8"):
+        make_mesh(schema.Parallel(**parallel))
+
+
+def test_a_batch_that_does_not_divide_names_the_numbers():
+    mesh = make_mesh(schema.Parallel(data=2, fsdp=2, tensor=2))
+    check_batch(mesh, 24, 3)
+    with pytest.raises(ConfigError, match=r"batch_size 20 is not divisible by 8 \(data 2 x fsdp 2 x microbatches 2\)"):
+        check_batch(mesh, 20, 2)
+
+
+@pytest.mark.parametrize("layout", MESHES)
+def test_local_rows_are_the_rows_of_this_process_devices_each_once(layout):
+    mesh = make_mesh(tiny_parts("dit", MESHES[layout]).config.parallel)
+    rows = local_rows(mesh, 24)
+    np.testing.assert_array_equal(rows, np.arange(24))  # one process owns all
+    batch = put_batch(mesh, {"label": rows})["label"]
+    np.testing.assert_array_equal(batch, rows)
+    assert batch.sharding == batch_sharding(mesh)
+    shares = {tuple(shard.data.tolist()) for shard in batch.addressable_shards}
+    assert sorted(row for share in shares for row in share) == list(range(24))
+
+
+def test_local_rows_of_a_process_with_some_of_the_devices(monkeypatch):
+    """As on two hosts: this one owns the devices 4 to 7."""
+    mesh = make_mesh(schema.Parallel(data=4, tensor=2))
+    owned = {device: rows for device, rows in batch_sharding(mesh).devices_indices_map((24,)).items() if device.id >= 4}
+    kind = type(batch_sharding(mesh))
+    monkeypatch.setattr(kind, "addressable_devices_indices_map", lambda self, shape: owned)
+    np.testing.assert_array_equal(local_rows(mesh, 24), np.arange(12, 24))
