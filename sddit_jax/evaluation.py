@@ -53,7 +53,7 @@ def evaluate_digits(parts: Parts, state: State, source: Source, generate: Genera
     """The samples of the EMA weights against the real digits, and what the encoder knows of them.
 
     eval/{class_consistency, frechet_pixels, nearest_real, nearest_real_close}: means over the draws (see `judge`).
-    eval/{patch,cls}/information, eval/{patch,cls}/mean_entropy: the teacher's assignments over all real digits.
+    eval/{patch,cls}/information: what the teacher's assignments of all real digits tell beyond position and label.
     eval/probe_cls, eval/probe_cls_untrained: 1-NN accuracy of [CLS] under the null label, of this encoder and of a
     fresh one.
     """

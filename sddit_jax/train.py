@@ -88,7 +88,7 @@ class _Run:
             parts.network, parts.diffusion, parts.codec,
             steps=sampling.steps, rho=sampling.rho, guidance=sampling.guidance,
         )  # fmt: skip
-        self.generate = make_generate(sample, mesh, max(sampling.grid, min(config.eval.num_samples, 1000)))
+        self.generate = make_generate(sample, mesh, sampling.grid)
         self.diagnose = None
         if config.log.diagnose_every and evaluation.discrimination_of(parts):
             self.diagnose = jax.jit(lambda state, batch: evaluation.diagnose(parts, state, **batch))
