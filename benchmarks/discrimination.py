@@ -2,7 +2,7 @@
 
     python benchmarks/discrimination.py --workdir=runs/discrimination [--steps=1000] [--only=NAME,NAME]
 
-Each row is a run of configs/digits.py with other settings, two minutes on two cores. A row that is done is not run again.
+Each row is a run of configs/digits.py with other settings, two minutes on two cores; a row that is done is not repeated.
 """
 
 import json
@@ -72,7 +72,7 @@ def main() -> None:
         raise UserError(f"--only has {', '.join(sorted(unknown))}; the rows are {', '.join(VARIANTS)}")
     table = {}
     for name in names:
-        config = ConfigDict(CONFIG.value)
+        config = CONFIG.value.copy_and_resolve_references()
         table[name] = run(config, VARIANTS[name], Path(WORKDIR.value) / f"{name}_{STEPS.value}")
     print("| settings | " + " | ".join(COLUMNS) + " |")
     print("|---" * (len(COLUMNS) + 1) + "|")

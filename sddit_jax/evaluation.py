@@ -36,16 +36,18 @@ def diagnose(parts: Parts, state: State, image_BHWC: jax.Array, label_B: jax.Arr
 
 
 def collapse(parts: Parts, metrics: dict[str, float]) -> str:
-    """Why the teacher's assignments look collapsed, from a row with a diagnosis; empty if they do not."""
+    """Why the teacher's assignments look collapsed, from metrics with a diagnosis; empty if they do not."""
     reasons = []
     full = np.log(parts.config.objectives.discrimination.prototypes)
     for kind in ("patch", "cls"):
         information = metrics.get(f"teacher/{kind}/information")
-        mean_entropy = metrics.get(f"teacher/{kind}/mean_entropy")
-        if information is not None and information < 0.02:
-            reasons.append(f"{kind}: assignments tell {information:.3f} nats of the image beyond position and label")
-        if mean_entropy is not None and mean_entropy < full / 4:
-            reasons.append(f"{kind}: few prototypes are in use (entropy {mean_entropy:.2f} of {full:.2f})")
+        if information is None:
+            continue
+        mean_entropy = metrics[f"teacher/{kind}/mean_entropy"]
+        if information < 0.02:
+            reasons.append(f"{kind} assignments tell {information:.3f} nats of the image beyond position and label")
+        if mean_entropy < full / 4:
+            reasons.append(f"{kind} assignments use few prototypes (entropy {mean_entropy:.2f} of {full:.2f})")
     return "; ".join(reasons)
 
 

@@ -1,7 +1,11 @@
 """Tiny networks with parameters that give every gradient, and what tests of the step share."""
 
+import contextlib
+import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -36,14 +40,39 @@ jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def tiny_parts(method: str, changes: dict[str, Any] | None = None, constrain: Constrain = unconstrained) -> Parts:
-    """The parts of a method at the tiny size."""
-    return make_parts(tiny_config(method, CHANGES | (changes or {})), constrain)
+    """The parts of a method at the tiny size, of float64 within `float64()`."""
+    config = tiny_config(method, CHANGES | (changes or {}))
+    if jax.config.jax_enable_x64:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float64"))
+    return make_parts(config, constrain)
+
+
+@contextlib.contextmanager
+def float64() -> Iterator[None]:
+    """All that is float32 in the package becomes float64.
+
+    For what is equal only up to rounding. In float32 one ulp in the images moves gradients of the discrimination
+    loss by up to 1e-5 of their norm, and Adam moves an element whose gradient is near 0 (a key's bias) by a whole
+    learning rate in the direction of its rounding error; in float64 what is left is far below any mistake.
+    """
+
+    def attention(q_BNHC: jax.Array, k_BNHC: jax.Array, v_BNHC: jax.Array) -> jax.Array:
+        """JAX's own rounds its softmax to float32."""
+        logits_BHNN = jnp.einsum("bqhc,bkhc->bhqk", q_BNHC, k_BNHC) / q_BNHC.shape[-1] ** 0.5
+        return jnp.einsum("bhqk,bkhc->bqhc", jax.nn.softmax(logits_BHNN), v_BNHC)
+
+    with (
+        jax.enable_x64(True),
+        mock.patch.object(jnp, "float32", jnp.float64),
+        mock.patch.object(jax.nn, "dot_product_attention", attention),
+    ):
+        yield
 
 
 def noise(tree: Any, seed: int) -> Any:
     """The tree plus N(0, 0.02) noise: a fresh adaLN-Zero network has no gradients, and nearly equal outputs."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda a: jnp.asarray(a + np.float32(0.02) * rng.standard_normal(a.shape, np.float32)), tree)
+    return jax.tree.map(lambda a: jnp.asarray(a + 0.02 * rng.standard_normal(a.shape), jnp.float32), tree)
 
 
 def noised_state(parts: Parts, step: int = 0) -> State:
@@ -54,17 +83,15 @@ def noised_state(parts: Parts, step: int = 0) -> State:
     def fresh(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         """Matrices at the scale of their inputs; adaLN's and biases 0, as in a fresh network."""
         matrix = len(leaf.shape) > 1 and "modulation" not in jax.tree_util.keystr(path)
-        scale = leaf.shape[-2] ** -0.5 if matrix else 0.0
-        return np.float32(scale) * rng.standard_normal(leaf.shape, np.float32)
+        return rng.standard_normal(leaf.shape) * (leaf.shape[-2] ** -0.5 if matrix else 0.0)
 
-    params = jax.tree_util.tree_map_with_path(fresh, shapes["params"])
+    params = noise(jax.tree_util.tree_map_with_path(fresh, shapes["params"]), 1)
     aux = {objective.name: objective.init(params) for objective in parts.objectives}
     for own in aux.values():
         for seed, kind in enumerate(own.get("center", ()), 10):
             own["center"][kind] = noise(own["center"][kind], seed)
         if "teacher" in own:
             own["teacher"] = noise(own["teacher"], 3)
-    params = noise(params, 1)
     return {
         "params": params,
         "ema": {"default": noise(params, 2)},
@@ -95,9 +122,9 @@ def make_views(parts: Parts, params: Any, seed: int = 0) -> Views:
 
 
 @functools.cache
-def compiled_step(method: str, microbatches: int = 1) -> tuple[Parts, Any]:
+def compiled_step(method: str) -> tuple[Parts, Any]:
     """The parts of a method and its jitted step, compiled once for all tests."""
-    parts = tiny_parts(method, {"parallel.microbatches": microbatches})
+    parts = tiny_parts(method)
     return parts, jit(make_train_step(parts))
 
 

@@ -54,7 +54,7 @@ class Discrimination:
             cells = dict.fromkeys(cells, 1)
         aux = {
             "center": {kind: jnp.zeros((count, c.prototypes)) for kind, count in cells.items()},
-            "variance": {kind: jnp.full((), 1 / c.bottleneck) for kind in cells},
+            "variance": {kind: jnp.full((), 1 / c.bottleneck, jnp.float32) for kind in cells},
         }
         if c.teacher == "own":
             aux["teacher"] = {name: jax.tree.map(jnp.copy, params[name]) for name in ("encoder", "head")}
