@@ -2,7 +2,7 @@
 
     python benchmarks/discrimination.py --workdir=runs/discrimination [--steps=1000] [--only=NAME,NAME]
 
-Each row is a run of configs/digits.py with other settings, two minutes on two cores; a row that is done is not repeated.
+Each row is a run of configs/digits.py with other settings, two minutes on two cores; a done row is not repeated.
 """
 
 import json

@@ -8,7 +8,7 @@ from typing import NoReturn
 import absl.logging
 from absl import flags
 
-from sddit_jax.errors import CommandError, ConfigError, UserError
+from sddit_jax.errors import CommandError, ConfigError, Interrupted, UserError
 
 
 def run(command: Callable[[], None]) -> NoReturn:
@@ -27,6 +27,9 @@ def run(command: Callable[[], None]) -> NoReturn:
     except CommandError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("error: interrupted; what was saved before is intact", file=sys.stderr)
+        sys.exit(Interrupted.exit_code)
     sys.exit(0)
 
 

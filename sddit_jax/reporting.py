@@ -28,8 +28,9 @@ class MetricsLog:
     Biases is used when `wandb` has its arguments (`wandb.init(**wandb)`). Of several processes
     only the `primary` one writes.
 
-    Opening with `restored_step` (0 for a start from nothing) cuts the rows after that step, which
-    will be written again; None only drops what a killed process has left half-written.
+    Opening with `restored_step` (0 for a start from nothing) cuts the rows after that step, and its
+    evaluation, which will be written again; None only drops what a killed process has left
+    half-written.
     """
 
     def __init__(
@@ -91,12 +92,18 @@ def _row(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and "step" in row else None
 
 
+def _comes_again(row: dict[str, Any], restored_step: int | None) -> bool:
+    """Whether a run that continues from `restored_step` will write the row itself."""
+    if restored_step is None or row["step"] < restored_step:
+        return False
+    return row["step"] > restored_step or any(key.startswith("eval/") for key in row)
+
+
 def _cut(path: Path, restored_step: int | None) -> None:
     """Drops lines that are no rows, and with a step the rows after it: all at once or none."""
     lines = path.read_bytes().splitlines(keepends=True)
     rows = [(line, _row(line)) for line in lines]
-    last = math.inf if restored_step is None else restored_step
-    kept = [line for line, row in rows if row is not None and row["step"] <= last]
+    kept = [line for line, row in rows if row is not None and not _comes_again(row, restored_step)]
     if kept == lines:
         return
     temporary = path.with_suffix(".tmp")

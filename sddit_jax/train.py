@@ -50,6 +50,10 @@ def train(config: Config, workdir: Path) -> None:
     else:
         state, _ = restored
     start = int(state["step"])
+    if start > config.steps:
+        raise ConfigError(
+            f"{workdir} is at step {start}, past steps {config.steps}; raise steps or use another --workdir"
+        )
     _print_plan(config, source, mesh, abstract, start)
     metrics_log = MetricsLog(
         workdir,
@@ -122,16 +126,16 @@ class _Run:
                     self._report(meter, *pending, state)
                 pending = step, metrics
                 meter.waited += waited
-                if config.sampling.every and step % config.sampling.every == 0:
+                if config.sampling.every and step % config.sampling.every == 0 and step < config.steps:
                     self._sample_grid(state, step)
                 if step % config.checkpoint.every == 0 or step == config.steps or stop:
+                    # A row must not be younger than the checkpoint that a killed run continues from.
+                    self._report(meter, *pending, state)
+                    pending = None
                     self.checkpointer.save(step, state, self.meta)
                 if stop:
-                    self._report(meter, *pending, state)
                     self.checkpointer.wait()
                     raise Interrupted(f"{stop[0]}: saved step {step} in {self.workdir}; the same command continues")
-        if pending is not None:
-            self._report(meter, *pending, state)
         meter.close()
         batches.close()
         self.checkpointer.wait()
