@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -35,11 +36,18 @@ def run(command: Callable[[], None]) -> NoReturn:
 
 def parse(argv: list[str]) -> None:
     """Parses flags, a config file's too. Raises UserError for what absl and ml_collections refuse."""
+    if {"-h", "--help"} & set(argv):
+        print(sys.modules["__main__"].__doc__, flags.FLAGS.main_module_help(), sep="\n")
+        sys.exit(0)
     try:
         rest = flags.FLAGS(argv)[1:]
     except flags.Error as error:
         raise UserError(f"{error}; --help lists the flags") from error
-    except (AttributeError, KeyError) as error:  # ml_collections' answer to --config.no.such.key
-        raise ConfigError(f"unknown config key {error}: --config.KEY=VALUE takes keys that the config has") from error
+    except (AttributeError, KeyError) as error:
+        # ml_collections' answer to a key that a locked config lacks; others are bugs in the file, and stay as they are.
+        if "ml_collections" not in traceback.extract_tb(error.__traceback__)[-1].filename:
+            raise
+        message = str(error).split(" Other fields present")[0].strip("'\"")
+        raise ConfigError(f"unknown config key: {message}") from error
     if rest:
         raise UserError(f"unexpected arguments {' '.join(rest)}; flags are written --name=value")

@@ -6,6 +6,7 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -66,8 +67,19 @@ CONDITION_CENTERING: Mapping[str, Any] = types.MappingProxyType(
 )
 
 # What may differ between a checkpoint and the config that continues it. All else is the run's identity.
-FREE_ON_RESUME = ("steps", "parallel", "checkpoint", "sampling", "eval", "log", "data.num_threads", "data.prefetch",
-                  "data.source", "model.scan", "model.remat", "optimizer.max_skipped")  # fmt: skip
+FREE_ON_RESUME = (
+    "parallel",
+    "checkpoint",
+    "sampling",
+    "eval",
+    "log",
+    "data.download",
+    "data.num_threads",
+    "data.prefetch",
+    "model.scan",
+    "model.remat",
+    "optimizer.max_skipped",
+)
 
 
 def default_config(method: str = "sd_dit") -> ml_collections.ConfigDict:
@@ -144,6 +156,8 @@ def _typed(hint: Any, value: Any, key: str) -> Any:
         return tuple(_typed(elements[0], element, key) for element in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key} is {value}, but must be a finite number")
     if type(value) is not hint:
         raise ConfigError(f"{key} is {value!r} ({type(value).__name__}), but must be of type {hint.__name__}")
     return value
@@ -196,6 +210,24 @@ def _check_together(config: Config) -> None:
             f"objectives.reconstruction.weight is {objectives.reconstruction.weight}, but there are no invisible "
             "tokens to reconstruct: masking.ratio is 0",
         ),
+        (
+            objectives.reconstruction.weight > 0 and model.patch**2 * model.channels == 1,
+            "objectives.reconstruction needs patches of more than one value: their variance normalises them",
+        ),
+        (
+            not any((objectives.denoising.weight, objectives.discrimination.weight, objectives.reconstruction.weight)),
+            "all weights in objectives are 0, so there is nothing to train",
+        ),
+        (
+            config.sampling.guidance != 1 and (model.num_classes == 0 or objectives.label_dropout == 0),
+            f"sampling.guidance is {config.sampling.guidance}, but it needs a trained null label: model.num_classes "
+            f"is {model.num_classes}, objectives.label_dropout {objectives.label_dropout}",
+        ),
+        (
+            config.eval.name == "digits" and config.data.source != "digits",
+            f"eval.name is 'digits', but data.source is {config.data.source!r}",
+        ),
+        (0.0 in config.codec.scale, f"codec.scale is {config.codec.scale}, but must not have a 0"),
         (
             diffusion.sigma_max <= diffusion.sigma_min,
             f"diffusion.sigma_max {diffusion.sigma_max} is not above diffusion.sigma_min {diffusion.sigma_min}",

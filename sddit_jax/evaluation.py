@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sddit_jax.data.digits import judge
 from sddit_jax.data.sources import Source
+from sddit_jax.digits import judge
 from sddit_jax.metrics import nearest_neighbour_accuracy
 from sddit_jax.objectives.discrimination import Discrimination
 from sddit_jax.sampling.sampler import balanced_labels
@@ -80,7 +80,7 @@ def evaluate_digits(parts: Parts, state: State, source: Source, generate: Genera
             null_B = jnp.full(len(x0_BHWC), config.model.num_classes, jnp.int32)
             return parts.network.encode(params, *parts.diffusion.network_input(x0_BHWC, sigma_B), null_B).cls_BD
 
-        fresh = parts.network.init(jax.random.key(config.seed))
+        fresh = jax.jit(parts.network.init)(jax.random.key(config.seed))
         for name, params in (("", state["ema"]["default"]), ("_untrained", fresh)):
             features = np.asarray(jax.jit(cls_features)(params))
             results[f"eval/probe_cls{name}"] = nearest_neighbour_accuracy(features, real_label_B)
@@ -98,8 +98,12 @@ def digits_lines(results: dict[str, float]) -> list[str]:
     ]
     if "patch/information" in r:
         lines.append(
-            f"encoder: assignments tell {r['patch/information']:.2f} nats (patches) and "
-            f"{r.get('cls/information', float('nan')):.2f} nats ([CLS]) beyond position and label; 1-NN of [CLS] "
-            f"{r.get('probe_cls', float('nan')):.1%} (untrained {r.get('probe_cls_untrained', float('nan')):.1%})"
+            f"encoder: assignments tell {r['patch/information']:.2f} nats (patches) beyond position and label"
+            + (
+                f", {r['cls/information']:.2f} nats ([CLS]); 1-NN of [CLS] under the null label {r['probe_cls']:.1%} "
+                f"(untrained {r['probe_cls_untrained']:.1%})"
+                if "cls/information" in r
+                else ""
+            )
         )
     return lines

@@ -28,9 +28,8 @@ class MetricsLog:
     Biases is used when `wandb` has its arguments (`wandb.init(**wandb)`). Of several processes
     only the `primary` one writes.
 
-    Opening with `restored_step` (0 for a start from nothing) cuts the rows after that step, and its
-    evaluation, which will be written again; None only drops what a killed process has left
-    half-written.
+    Opening with `restored_step` (0 for a start from nothing) cuts the rows after that step, and its evaluation, which
+    will be written again; None only drops what a killed process has left half-written.
     """
 
     def __init__(

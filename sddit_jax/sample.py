@@ -28,7 +28,7 @@ NUM_SAMPLES = flags.DEFINE_integer("num_samples", 100, "How many images.", lower
 LABELS = flags.DEFINE_string("labels", "balanced", "balanced, random, or class labels such as 3,1,4 that are repeated.")
 GUIDANCE = flags.DEFINE_float("guidance", None, "Classifier-free guidance; 1: none. Left out: the run's setting.")
 STEPS = flags.DEFINE_integer("steps", None, "Noise levels. Left out: the run's setting.", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "Image i is a function of seed, i and its label.", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 0, "Image i is a function of seed, i and its label.", 0, 2**31 - 1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images computed at a time.", lower_bound=1)
 STEP = flags.DEFINE_integer("checkpoint_step", None, "Step of the checkpoint. Left out: the newest that is intact.")
 
@@ -43,6 +43,8 @@ def parse_labels(spec: str, count: int, num_classes: int, seed: int) -> np.ndarr
         labels = [int(label) for label in spec.split(",")]
     except ValueError as error:
         raise UserError(f"--labels={spec} is not balanced, random or numbers such as 3,1,4") from error
+    if not num_classes:
+        raise UserError(f"--labels={spec}, but the model was trained without labels")
     for label in labels:
         if not 0 <= label < num_classes:
             raise UserError(f"--labels has {label}, but the model's classes are 0 to {num_classes - 1}")
@@ -62,6 +64,8 @@ def main() -> None:
     config = resolve(meta["config"])
     steps = STEPS.value or config.sampling.steps
     guidance = config.sampling.guidance if GUIDANCE.value is None else GUIDANCE.value
+    if guidance != 1 and not (config.model.num_classes and config.objectives.label_dropout):
+        raise UserError(f"--guidance={guidance}, but the model has no trained null label to be guided away from")
     label_N = parse_labels(LABELS.value, NUM_SAMPLES.value, config.model.num_classes, SEED.value)
 
     parts = make_parts(config)

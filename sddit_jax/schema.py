@@ -160,6 +160,7 @@ class Data:
 
     source: str = _default("folder:", "C", "digits, folder:PATH or tfds:NAME")
     split: str = _default("train", "C", "split of the dataset")
+    download: bool = _default(False, "C", "let TensorFlow Datasets download and prepare what is missing")
     flip: bool = _default(True, "I", "mirror half of the images")
     num_threads: int = _default(16, "C", "reading threads", least=1)
     prefetch: int = _default(8, "C", "batches read ahead", least=1)
@@ -229,7 +230,7 @@ class Log:
 class Config:
     """One run, whole."""
 
-    seed: int = _default(0, "I", "seed of everything", least=0)
+    seed: int = _default(0, "I", "seed of everything", least=0, most=2**31 - 2**16)
     steps: int = _default(400_000, "I", "training steps", least=1)
     batch_size: int = _default(256, "I", "global batch size", least=1)
     model: Model = Model()

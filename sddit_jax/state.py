@@ -31,7 +31,10 @@ class Parts:
     optimizer: optax.GradientTransformation
 
     def init_state(self, key: jax.Array) -> State:
-        """{params, ema: {name: params}, opt_state, aux: {objective: its state}, step}; no buffer is in it twice."""
+        """{params, ema: {name: params}, opt_state, aux: {objective: its state}, step, skipped}.
+
+        No buffer is in it twice, so that it can be donated. `skipped` counts the non-finite steps in a row.
+        """
         params = self.network.init(key)
         return {
             "params": params,
@@ -39,6 +42,7 @@ class Parts:
             "opt_state": self.optimizer.init(params),
             "aux": {objective.name: objective.init(params) for objective in self.objectives},
             "step": jnp.zeros((), jnp.int32),
+            "skipped": jnp.zeros((), jnp.int32),
         }
 
 

@@ -1,11 +1,13 @@
 """The training loop: the only place that orders effects."""
 
+import errno
+import hashlib
 import json
 import logging
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ def train(config: Config, workdir: Path) -> None:
     sharding.check_batch(mesh, config.batch_size, config.parallel.microbatches)
     source = _open_source(config)
     parts = make_parts(config, sharding.make_constrain(mesh))
-    _claim(workdir, config)
+    _check_identity(workdir, config)
 
     abstract = jax.eval_shape(parts.init_state, jax.random.key(config.seed))
     layout = sharding.shardings(mesh, abstract)
@@ -55,20 +57,27 @@ def train(config: Config, workdir: Path) -> None:
             f"{workdir} is at step {start}, past steps {config.steps}; raise steps or use another --workdir"
         )
     _print_plan(config, source, mesh, abstract, start)
-    metrics_log = MetricsLog(
-        workdir,
-        restored_step=start,
-        primary=jax.process_index() == 0,
-        tensorboard=config.log.tensorboard,
-        wandb={"project": config.log.wandb, "config": config_lib.to_dict(config)} if config.log.wandb else None,
-    )
+    primary = jax.process_index() == 0
+    wandb_run = {
+        "project": config.log.wandb,
+        "config": config_lib.to_dict(config),
+        "id": hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16],
+        "resume": "allow",
+    }
+    with _full_disk_explained(workdir):
+        if primary:
+            _write_config(workdir, config)
+        metrics_log = MetricsLog(
+            workdir,
+            restored_step=start,
+            primary=primary,
+            tensorboard=config.log.tensorboard,
+            wandb=wandb_run if config.log.wandb else None,
+        )
     run = _Run(config, workdir, mesh, parts, source, checkpointer, metrics_log)
-    try:
+    with _full_disk_explained(workdir), closing(checkpointer), closing(metrics_log):
         state = run.steps(state, start, layout)
         run.finish(state)
-    finally:
-        metrics_log.close()
-        checkpointer.close()
 
 
 class _Run:
@@ -114,31 +123,37 @@ class _Run:
         )
         meter = _Meter(config, start, self.metrics_log)
         pending: tuple[int, dict[str, Any]] | None = None
-        with _stop_signals() as stop:
+        with _stop_signals() as signals, closing(batches), closing(meter):
             for step in range(start + 1, config.steps + 1):
-                waited = time.monotonic()
+                began = time.monotonic()
                 batch = sharding.put_batch(self.mesh, {k: v for k, v in next(batches).items() if k != "index"})
-                waited = time.monotonic() - waited
+                meter.waited += time.monotonic() - began
                 state, metrics = train_step(state, batch)
                 if self.diagnose and (step % config.log.diagnose_every == 0 or step == config.steps):
                     metrics |= self.diagnose(state, {"image_BHWC": batch["image"], "label_B": batch["label"]})
                 if pending is not None:
-                    self._report(meter, *pending, state)
+                    self._report(meter, *pending)
                 pending = step, metrics
-                meter.waited += waited
-                if config.sampling.every and step % config.sampling.every == 0 and step < config.steps:
-                    self._sample_grid(state, step)
-                if step % config.checkpoint.every == 0 or step == config.steps or stop:
-                    # A row must not be younger than the checkpoint that a killed run continues from.
-                    self._report(meter, *pending, state)
+                diverged = meter.skipped >= config.optimizer.max_skipped
+                stopped = signals[0] if signals else ""
+                if step % config.checkpoint.every == 0 or step == config.steps or stopped or diverged:
+                    # Rows first: a run killed in between would continue after the checkpoint and lack them.
+                    self._report(meter, *pending)
                     pending = None
                     self.checkpointer.save(step, state, self.meta)
-                if stop:
+                if diverged or (step == config.steps and meter.skipped):
                     self.checkpointer.wait()
-                    raise Interrupted(f"{stop[0]}: saved step {step} in {self.workdir}; the same command continues")
-        meter.close()
-        batches.close()
-        self.checkpointer.wait()
+                    raise self._diverged(step, meter.skipped)
+                if stopped:
+                    self.checkpointer.wait()
+                    raise Interrupted(f"{stopped}: saved step {step} in {self.workdir}; the same command continues")
+                if config.sampling.every and step % config.sampling.every == 0 and step < config.steps:
+                    self._sample_grid(state, step)
+            self.checkpointer.wait()
+        if skipped := int(state["skipped"]):
+            raise self._diverged(config.steps, skipped)
+        if bad := len(self.source.bad_files):
+            log.warning("%d images could not be read; others were used in their place", bad)
         return state
 
     def finish(self, state: State) -> None:
@@ -151,20 +166,17 @@ class _Run:
         path = self._sample_grid(state, self.config.steps)
         log.info("%d steps done; samples: %s", self.config.steps, path)
 
-    def _report(self, meter: "_Meter", step: int, metrics: dict[str, Any], state: State) -> None:
-        values = {key: float(value) for key, value in jax.device_get(metrics).items()}
-        meter.report(step, values)
+    def _report(self, meter: "_Meter", step: int, metrics: dict[str, jax.Array]) -> None:
+        values = meter.report(step, metrics)
         if step > self.config.steps // 10 and (reason := evaluation.collapse(self.parts, values)):
             log.warning("step %d: the discrimination looks collapsed: %s", step, reason)
-        if meter.skipped >= self.config.optimizer.max_skipped:
-            current = int(state["step"])
-            self.checkpointer.save(current, state, self.meta)
-            self.checkpointer.wait()
-            raise Diverged(
-                f"the loss was not finite in {meter.skipped} steps up to {step}; they changed no weights, and the "
-                f"state is saved at step {current}. Starting again would end the same: lower "
-                f"optimizer.learning_rate ({self.config.optimizer.learning_rate}) or set optimizer.clip_norm"
-            )
+
+    def _diverged(self, step: int, skipped: int) -> Diverged:
+        return Diverged(
+            f"the loss was not finite in the {skipped} steps up to {step}; they changed no weights, and the state is "
+            f"saved. Starting again would end the same: lower optimizer.learning_rate "
+            f"({self.config.optimizer.learning_rate}) or set optimizer.clip_norm"
+        )
 
     def _sample_grid(self, state: State, step: int) -> Path:
         """The same noise and labels each time, so that one sees the same images improve."""
@@ -183,25 +195,29 @@ class _Meter:
         self.config, self.metrics_log = config, metrics_log
         self.progress = Progress(config.steps, start, primary=jax.process_index() == 0)
         self.skipped, self.waited = 0, 0.0
-        self.last_step, self.last_time, self.rate = start, time.monotonic(), 0.0
+        self.last_step, self.last_time = start, time.monotonic()
 
-    def report(self, step: int, values: dict[str, float]) -> None:
-        """Takes one step's metrics, for a row if it is time for one."""
-        self.skipped = self.skipped + 1 if values["train/skipped"] else 0
-        every = self.config.log.every
-        diagnosed = any(key.endswith("/information") for key in values)
-        if step % every and step not in (1, self.config.steps) and not diagnosed:
-            return
-        now = time.monotonic()
-        seconds = (now - self.last_time) / max(step - self.last_step, 1)
+    def report(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, float]:
+        """Reads one step's metrics, for a row if it is time for one or the step was skipped; the row, or nothing."""
+        was_skipped, self.skipped = self.skipped, int(metrics["train/skipped"])
+        diagnosed = any(key.endswith("/information") for key in metrics)
+        due = step % self.config.log.every == 0 or step in (1, self.config.steps) or diagnosed
+        if not (due or self.skipped):
+            return {}
+        values = {key: float(value) for key, value in jax.device_get(metrics).items()}
+        if self.skipped and not was_skipped:
+            log.warning("step %d was skipped: its loss or gradients are not finite", step)
+        now, steps = time.monotonic(), step - self.last_step
+        seconds = (now - self.last_time) / steps
         perf = {
             "perf/images_per_second": self.config.batch_size / seconds,
             "perf/step_seconds": seconds,
-            "perf/data_wait_seconds": self.waited / max(step - self.last_step, 1),
+            "perf/data_wait_seconds": self.waited / steps,
         }
         self.last_step, self.last_time, self.waited = step, now, 0.0
         self.metrics_log.write(step, values | perf | {"images_seen": step * self.config.batch_size})
         self.progress.update(step, loss=values["train/loss"], images_per_second=perf["perf/images_per_second"])
+        return values
 
     def close(self) -> None:
         """Ends the bar."""
@@ -209,8 +225,19 @@ class _Meter:
 
 
 @contextmanager
+def _full_disk_explained(workdir: Path) -> Iterator[None]:
+    """Turns what a full or read-only disk raises, wherever the run writes, into a CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+            raise
+        raise CheckpointError(f"{workdir} could not be written: {error}") from error
+
+
+@contextmanager
 def _stop_signals() -> Iterator[list[str]]:
-    """A list that gets the name of a SIGTERM or SIGINT; a second one ends the process at once."""
+    """A list that gets the name of a SIGTERM or SIGINT; a second one has its usual effect."""
     received: list[str] = []
 
     def handler(number: int, frame: Any) -> None:
@@ -228,7 +255,13 @@ def _stop_signals() -> Iterator[list[str]]:
 
 def _open_source(config: Config) -> Source:
     m = config.model
-    source = open_source(config.data.source, split=config.data.split, image_size=m.image_size, channels=m.channels)
+    source = open_source(
+        config.data.source,
+        split=config.data.split,
+        image_size=m.image_size,
+        channels=m.channels,
+        download=config.data.download,
+    )
     if m.num_classes and source.num_classes != m.num_classes:
         raise ConfigError(
             f"model.num_classes is {m.num_classes}, but {source.name} has {source.num_classes} classes; "
@@ -237,27 +270,26 @@ def _open_source(config: Config) -> Source:
     return source
 
 
-def _claim(workdir: Path, config: Config) -> None:
-    """Writes WORKDIR/config.json; where there is one, prints what differs and refuses another model."""
+def _check_identity(workdir: Path, config: Config) -> None:
+    """Where workdir has a run's config.json, prints what differs, and refuses another model."""
     path = workdir / "config.json"
-    if path.exists():
-        try:
-            saved = config_lib.resolve(json.loads(path.read_text()))
-        except (ValueError, ConfigError) as error:
-            raise CheckpointError(f"{path} is not the config of a run: {error}; use another --workdir") from error
-        differences = config_lib.identity_differences(saved, config)
-        if any(line.startswith("model.") for line in differences):
-            raise CheckpointError(f"{workdir} holds another model ({', '.join(differences)}); use another --workdir")
-        for line in differences:
-            log.warning("continuing %s with a changed %s", workdir, line)
-    if jax.process_index() == 0:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(config_lib.to_dict(config), indent=2))
-            temporary.replace(path)
-        except OSError as error:
-            raise CheckpointError(f"{workdir} could not be written: {error}") from error
+    if not path.exists():
+        return
+    try:
+        saved = config_lib.resolve(json.loads(path.read_text()))
+    except (OSError, ValueError, ConfigError) as error:
+        raise CheckpointError(f"{path} is not the config of a run: {error}; use another --workdir") from error
+    differences = config_lib.identity_differences(saved, config)
+    if any(line.startswith("model.") for line in differences):
+        raise CheckpointError(f"{workdir} holds another model ({', '.join(differences)}); use another --workdir")
+    for line in differences:
+        log.warning("continuing %s with a changed %s", workdir, line)
+
+
+def _write_config(workdir: Path, config: Config) -> None:
+    temporary = workdir / "config.json.tmp"
+    temporary.write_text(json.dumps(config_lib.to_dict(config), indent=2))
+    temporary.replace(workdir / "config.json")
 
 
 def _print_plan(config: Config, source: Source, mesh: jax.sharding.Mesh, abstract: State, start: int) -> None:
@@ -270,6 +302,6 @@ def _print_plan(config: Config, source: Source, mesh: jax.sharding.Mesh, abstrac
         source.name, f"{len(source):,}", m.image_size, m.image_size, m.channels, m.num_classes,
     )  # fmt: skip
     log.info(
-        "plan: steps %s to %s of %d images on %d %s device(s)",
+        "plan: from step %s to %s, %d images each, on %d %s device(s)",
         f"{start:,}", f"{config.steps:,}", config.batch_size, mesh.size, jax.default_backend(),
     )  # fmt: skip

@@ -29,7 +29,8 @@ def draw(key: jax.Array, parts: Parts, x0_BHWC: jax.Array, label_B: jax.Array) -
         "x0": x0_BHWC,
         "eps": jax.random.normal(eps_key, x0_BHWC.shape),
         "sigma": parts.diffusion.sample_sigma(sigma_key, batch),
-        "label": jnp.where(dropped_B, config.model.num_classes, label_B),
+        # Without classes every label is the null label, 0.
+        "label": jnp.where(dropped_B, config.model.num_classes, jnp.minimum(label_B, config.model.num_classes)),
         "mask": sample_mask(mask_key, batch, parts.network.tokens, ratio) if ratio else None,
     }
 
@@ -85,8 +86,8 @@ def make_train_step(parts: Parts) -> TrainStep:
     """The step of one configuration: (state, {image: uint8 [B, H, W, C], label: int32 [B]}) -> (state, metrics).
 
     Everything random follows from (config.seed, state["step"]) and is drawn for the whole batch before it is split
-    into microbatches. A step whose loss, gradients or update are not finite changes nothing but the step count, and
-    says so in train/skipped.
+    into microbatches. A step whose loss, gradients or update are not finite changes nothing but the step count and
+    state["skipped"], how many such steps there were in a row; it is logged as train/skipped.
     """
     config = parts.config
 
@@ -115,9 +116,10 @@ def make_train_step(parts: Parts) -> TrainStep:
         metrics["train/update_norm"] = optax.tree.norm(updates)
         metrics["train/learning_rate"] = learning_rate
         finite = jnp.isfinite(metrics["train/loss"] + metrics["grad_norm/all"] + metrics["train/update_norm"])
-        metrics["train/skipped"] = 1.0 - finite
+        skipped = jnp.where(finite, 0, state["skipped"] + 1)
+        metrics["train/skipped"] = skipped
         proposed = {"params": params, "ema": {"default": ema}, "opt_state": opt_state, "aux": aux}
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, {k: state[k] for k in proposed})
-        return kept | {"step": step + 1}, metrics
+        return kept | {"step": step + 1, "skipped": skipped}, metrics
 
     return train_step

@@ -179,6 +179,40 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_run_still_ends_the_same(co
     assert_same_run(workdir, finished)
 
 
+def test_on_eight_devices_with_the_evaluation_at_the_end(environment, tmp_path):
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    changes = ["--config.steps=2", "--config.eval.name=digits", "--config.eval.draws=1", "--config.eval.num_samples=12"]
+    command = [sys.executable, "-m", "sddit_jax.main", TINY, f"--workdir={tmp_path}", *changes]
+    for _ in range(2):  # The second only evaluates again, to the same row.
+        done = subprocess.run(command, env=environment | flags, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "recognised as the asked digit" in done.stderr
+        evaluated = [row for row in rows(tmp_path) if "eval/class_consistency" in row]
+        assert len(evaluated) == 1
+        assert {"eval/frechet_pixels", "eval/nearest_real", "eval/cls/information", "eval/patch/information",
+                "eval/probe_cls", "eval/probe_cls_untrained"} <= evaluated[0].keys()  # fmt: skip
+
+
+def test_without_labels(command, tmp_path):
+    arguments = [TINY, f"--workdir={tmp_path}/run", "--config.model.num_classes=0", "--config.steps=20"]
+    assert command("main", *arguments).returncode == 0
+    last = rows(tmp_path / "run")[-1]
+    assert np.isfinite(last["train/loss"])
+    assert last["teacher/cls/information"] is not None
+    done = command("sample", f"--workdir={tmp_path}/run", f"--output={tmp_path}/out", "--num_samples=3", "--steps=3")
+    assert done.returncode == 0, done.stderr
+    assert_user_error(
+        command("sample", f"--workdir={tmp_path}/run", f"--output={tmp_path}/out", "--guidance=2.0"), "guidance"
+    )
+
+
+def test_help(command):
+    done = command("main", "--help")
+    assert done.returncode == 0
+    assert "--workdir" in done.stdout
+    assert "Trains" in done.stdout
+
+
 def test_sample_writes_images_and_how_they_were_made(command, finished, tmp_path):
     arguments = [f"--workdir={finished}", "--num_samples=6", "--labels=3,1", "--steps=4", "--guidance=1.5"]
     assert command("sample", *arguments, f"--output={tmp_path}/a").returncode == 0

@@ -199,7 +199,6 @@ class Network:
 
     def __init__(self, config: schema.Config, constrain: Constrain = unconstrained) -> None:
         self.model = config.model
-        self.mask_ratio = config.masking.ratio
         self.encoder = Encoder(config.model, constrain)
         self.decoder = Decoder(config.model, config.masking.fill, constrain)
         d = config.objectives.discrimination
@@ -226,11 +225,18 @@ class Network:
         return params
 
     def encode(
-        self, params: Any, x_BHWC: jax.Array, c_noise_B: jax.Array, label_B: jax.Array, mask: Mask | None = None
+        self,
+        params: Any,
+        x_BHWC: jax.Array,
+        c_noise_B: jax.Array,
+        label_B: jax.Array,
+        mask: Mask | None = None,
+        return_hidden: bool = False,
     ) -> Encoded:
-        """The encoder on the visible tokens (all if `mask` is None)."""
+        """The encoder on the visible tokens (all if `mask` is None); see `Encoder`."""
         visible_BV = None if mask is None else mask.visible_BV
-        return self.encoder.apply({"params": params["encoder"]}, x_BHWC, c_noise_B, label_B, visible_BV)
+        variables = {"params": params["encoder"]}
+        return self.encoder.apply(variables, x_BHWC, c_noise_B, label_B, visible_BV, return_hidden)
 
     def decode(self, params: Any, encoded: Encoded, mask: Mask | None = None) -> jax.Array:
         """The decoder: F, [B, H, W, C]."""

@@ -73,7 +73,7 @@ class Discrimination:
                 self.network.project(teacher, teacher_tokens[kind])
             )
             center_MK = aux["center"][kind]
-            sums = _sum_by_cell(teacher_BNE, cell_BN, center_MK.shape[0])
+            vectors_ME, count_M = _mean_by_cell(teacher_BNE, cell_BN, center_MK.shape[0])
             if kind == "patch" and views.mask is not None:
                 teacher_BNE = take(teacher_BNE, views.mask.visible_BV)
                 cell_BN = jnp.take_along_axis(cell_BN, views.mask.visible_BV, axis=1)
@@ -88,8 +88,8 @@ class Discrimination:
                 f"teacher/{kind}/agreement": assignments.agreement,
             }
             statistics[kind] = {
-                "logits_MK": jnp.matmul(sums["vectors_ME"], teacher_prototypes_KE.T, precision=HIGHEST),
-                "count_M": sums["count_M"],
+                "logits_MK": jnp.matmul(vectors_ME, teacher_prototypes_KE.T, precision=HIGHEST),
+                "count_M": count_M,
                 "variance": assignments.variance,
                 "mean_K": assignments.mean_K,
             }
@@ -130,6 +130,7 @@ class Discrimination:
         teacher/{patch,cls}/information: what they tell of the image beyond position and label, in nats (see
         `assignment_information`); NaN if no label comes twice.
         """
+        label_B = jnp.minimum(label_B, self.network.model.num_classes)
         teacher = self.teacher(aux, ema)
         tokens = self._teacher_tokens(teacher, x0_BHWC, eps_BHWC, label_B)
         metrics = {}
@@ -179,11 +180,16 @@ def _by_kind(encoded: Encoded) -> dict[str, jax.Array]:
     return tokens if encoded.cls_BD is None else tokens | {"cls": encoded.cls_BD[:, None]}
 
 
-def _sum_by_cell(vectors_BNE: jax.Array, cell_BN: jax.Array, cells: int) -> dict[str, jax.Array]:
-    """Sum of vectors and count of each cell, over B * N: means of these over equal parts of a batch are exact."""
-    flat_TE = vectors_BNE.reshape(-1, vectors_BNE.shape[-1])
-    cell_T = cell_BN.reshape(-1)
-    return {
-        "vectors_ME": jax.ops.segment_sum(flat_TE, cell_T, cells) / len(cell_T),
-        "count_M": jax.ops.segment_sum(jnp.ones(len(cell_T)), cell_T, cells) / len(cell_T),
-    }
+def _mean_by_cell(vectors_BNE: jax.Array, cell_BN: jax.Array, cells: int) -> tuple[jax.Array, jax.Array]:
+    """Sums of the vectors [M, E] and counts [M] of each cell, both divided by B, so that parts of a batch average.
+
+    Cells are one for all, one for each position, or labels. Products and means, not scatter-adds, whose order is not
+    fixed on every device.
+    """
+    if cells == 1:
+        return vectors_BNE.mean(axis=(0, 1))[None], jnp.ones(1)
+    if cells == vectors_BNE.shape[1]:
+        return vectors_BNE.mean(axis=0), jnp.ones(cells)
+    one_hot_BM = jax.nn.one_hot(cell_BN[:, 0], cells)
+    sums_ME = jnp.matmul(one_hot_BM.T, vectors_BNE[:, 0], precision=HIGHEST)
+    return sums_ME / len(cell_BN), one_hot_BM.mean(axis=0)
