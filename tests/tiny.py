@@ -98,6 +98,7 @@ def noised_state(parts: Parts, step: int = 0) -> State:
         "opt_state": parts.optimizer.init(params),
         "aux": aux,
         "step": jnp.asarray(step, jnp.int32),
+        "skipped": jnp.zeros((), jnp.int32),
     }
 
 
