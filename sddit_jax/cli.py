@@ -47,7 +47,9 @@ def parse(argv: list[str]) -> None:
         # ml_collections' answer to a key that a locked config lacks; others are bugs in the file, and stay as they are.
         if "ml_collections" not in traceback.extract_tb(error.__traceback__)[-1].filename:
             raise
-        message = str(error).split(" Other fields present")[0].strip("'\"")
+        # It quotes its own message again, and lists the whole config after it.
+        message = str(error).split(" Other fields present")[0].removeprefix("'").removesuffix("'")
+        message = message.replace("\\n", ". ").replace("\\", "")
         raise ConfigError(f"unknown config key: {message}") from error
     if rest:
         raise UserError(f"unexpected arguments {' '.join(rest)}; flags are written --name=value")

@@ -212,7 +212,7 @@ class TfdsSource(ImageSource):
                 raise DataError(f"tfds:{name}, split {split!r}: {error}") from error
             raise DataError(
                 f"tfds:{name} is not prepared in {builder.data_dir}: set TFDS_DATA_DIR to where "
-                "it is, or allow the download, or prepare it with tensorflow_datasets: "
+                "it is, or data.download to True, or prepare it with tensorflow_datasets: "
                 f"tfds.builder({name!r}, file_format='array_record').download_and_prepare()"
             ) from error
         super().__init__(f"tfds:{name}[{split}]", tuple(class_names), image_shape)
