@@ -26,6 +26,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from sddit_jax.errors import CheckpointError
+from sddit_jax.sharding import path_name
 
 log = logging.getLogger("sddit_jax")
 
@@ -274,10 +275,7 @@ def _item(path: str) -> str:
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _shapes(tree: Any) -> dict[str, str]:

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from sddit_jax.data.sources import Source
-from sddit_jax.digits import judge
 from sddit_jax.metrics import nearest_neighbour_accuracy
 from sddit_jax.objectives.discrimination import Discrimination
 from sddit_jax.sampling.sampler import balanced_labels
@@ -59,6 +58,8 @@ def evaluate_digits(parts: Parts, state: State, source: Source, generate: Genera
     eval/probe_cls, eval/probe_cls_untrained: 1-NN accuracy of [CLS] under the null label, of this encoder and of a
     fresh one.
     """
+    from sddit_jax.digits import judge  # loads scikit-learn's classifiers: slow, and only needed here
+
     config = parts.config
     label_N = balanced_labels(config.eval.num_samples, source.num_classes)
     real = [source[i] for i in range(len(source))]

@@ -25,6 +25,20 @@ class Views:
     denoised: jax.Array  # D(x_S; sigma_S)
 
 
+class Stateless:
+    """The `init` and `update` of an objective that has no state of its own."""
+
+    def init(self, params: Any) -> Any:
+        """An empty tree."""
+        del params
+        return {}
+
+    def update(self, aux: Any, statistics: Any, params: Any, step: jax.Array) -> tuple[Any, Metrics]:
+        """The same empty tree, and no metrics."""
+        del statistics, params, step
+        return aux, {}
+
+
 class Objective(Protocol):
     """One term of the loss. `aux` is its own state, a pytree that the train state carries.
 

@@ -10,11 +10,11 @@ from sddit_jax.diffusion import EDM
 from sddit_jax.losses import denoising_error, patch_mean, reconstruction_error
 from sddit_jax.masking import take
 from sddit_jax.models.transformer import patchify
-from sddit_jax.objectives.base import Metrics, Views
+from sddit_jax.objectives.base import Metrics, Stateless, Views
 
 
 @dataclasses.dataclass(frozen=True)
-class Denoising:
+class Denoising(Stateless):
     """EDM's weighted error of the denoised image, averaged over all patches or over the visible ones."""
 
     weight: float
@@ -22,11 +22,6 @@ class Denoising:
     patch: int
     diffusion: EDM
     name: str = "denoising"
-
-    def init(self, params: Any) -> Any:
-        """Stateless."""
-        del params
-        return {}
 
     def loss(self, params: Any, aux: Any, ema: Any, views: Views, step: jax.Array) -> tuple[jax.Array, Metrics, Any]:
         """The mean over patches, then over images."""
@@ -38,24 +33,14 @@ class Denoising:
         loss = error.mean()
         return loss, {"train/denoising": loss}, {}
 
-    def update(self, aux: Any, statistics: Any, params: Any, step: jax.Array) -> tuple[Any, Metrics]:
-        """Stateless."""
-        del statistics, params, step
-        return aux, {}
-
 
 @dataclasses.dataclass(frozen=True)
-class Reconstruction:
+class Reconstruction(Stateless):
     """MaskDiT's auxiliary loss: the denoised image at the invisible patches against the noisy input there."""
 
     weight: float
     patch: int
     name: str = "reconstruction"
-
-    def init(self, params: Any) -> Any:
-        """Stateless."""
-        del params
-        return {}
 
     def loss(self, params: Any, aux: Any, ema: Any, views: Views, step: jax.Array) -> tuple[jax.Array, Metrics, Any]:
         """The mean over invisible patches, then over images."""
@@ -64,8 +49,3 @@ class Reconstruction:
         prediction = take(patchify(views.denoised, self.patch), hidden)
         loss = reconstruction_error(prediction, take(patchify(views.noised, self.patch), hidden)).mean()
         return loss, {"train/reconstruction": loss}, {}
-
-    def update(self, aux: Any, statistics: Any, params: Any, step: jax.Array) -> tuple[Any, Metrics]:
-        """Stateless."""
-        del statistics, params, step
-        return aux, {}

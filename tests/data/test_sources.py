@@ -359,7 +359,9 @@ class TinyVectors(tfds.core.GeneratorBasedBuilder):
 
 @pytest.fixture(scope="module")
 def tfds():
-    return pytest.importorskip("tensorflow_datasets")
+    import tensorflow_datasets
+
+    return tensorflow_datasets
 
 
 @pytest.fixture(scope="module")
