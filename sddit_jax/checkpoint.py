@@ -98,6 +98,7 @@ class Checkpointer:
         read_only: bool = False,
     ) -> None:
         self.directory = epath.Path(directory).absolute()
+        self._read_only = read_only
         keep = [ocp.checkpoint_managers.LatestN(keep_last)]
         if keep_every:
             keep.append(ocp.checkpoint_managers.EveryNSteps(keep_every))
@@ -161,19 +162,21 @@ class Checkpointer:
         self.wait()
         self._manager.close()
 
-    def restore(self, abstract_state: Mapping[str, Any]) -> tuple[dict[str, Any], dict] | None:
-        """The newest intact checkpoint, laid out as `abstract_state` says, and its record.
+    def restore(self, abstract_state: Mapping[str, Any], step: int | None = None) -> tuple[dict[str, Any], dict] | None:
+        """The newest intact checkpoint, or that of `step`, laid out as `abstract_state` says, and its record.
 
         None if there is no checkpoint. A damaged one is named in a warning and passed over; when an
         older one has been restored, it is renamed to STEP.damaged. CheckpointError, and nothing is
-        renamed, if all are damaged or if the newest intact one is of another model.
+        renamed, if all are damaged or if the newest intact one is of another model. Nothing is
+        renamed under `read_only` either.
         """
         self.wait()
-        steps = self.all_steps()
+        steps = [s for s in self.all_steps() if step in (None, s)]
         if not steps:
             return None
         used, state, meta = self._newest(steps, abstract_state)
-        self._move_aside([step for step in steps if step > used])
+        if not self._read_only:
+            self._move_aside([step for step in steps if step > used])
         return state, meta
 
     def restore_ema(self, abstract: Any = None, step: int | None = None) -> tuple[Any, dict]:

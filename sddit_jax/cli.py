@@ -12,8 +12,11 @@ from absl import flags
 from sddit_jax.errors import CommandError, ConfigError, Interrupted, UserError
 
 
-def run(command: Callable[[], None]) -> NoReturn:
-    """Parses the flags, runs the command and exits: 0 done, 2 the user's mistake, 3 diverged, 75 interrupted."""
+def run(command: Callable[..., None], words: int = 0) -> NoReturn:
+    """Parses the flags, runs the command and exits: 0 done, 2 the user's mistake, 3 diverged, 75 interrupted.
+
+    The command gets up to `words` arguments that are not flags.
+    """
     absl.logging.set_verbosity(absl.logging.WARNING)
     logging.getLogger().setLevel(logging.WARNING)
     log = logging.getLogger("sddit_jax")
@@ -23,8 +26,7 @@ def run(command: Callable[[], None]) -> NoReturn:
     log.addHandler(handler)
     log.propagate = False
     try:
-        parse(sys.argv)
-        command()
+        command(*parse(sys.argv, words))
     except CommandError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -34,8 +36,11 @@ def run(command: Callable[[], None]) -> NoReturn:
     sys.exit(0)
 
 
-def parse(argv: list[str]) -> None:
-    """Parses flags, a config file's too. Raises UserError for what absl and ml_collections refuse."""
+def parse(argv: list[str], words: int = 0) -> list[str]:
+    """Parses flags, a config file's too, and returns at most `words` other arguments.
+
+    Raises UserError for what absl and ml_collections refuse.
+    """
     if {"-h", "--help"} & set(argv):
         print(sys.modules["__main__"].__doc__, flags.FLAGS.main_module_help(), sep="\n")
         sys.exit(0)
@@ -51,5 +56,6 @@ def parse(argv: list[str]) -> None:
         message = str(error).split(" Other fields present")[0].removeprefix("'").removesuffix("'")
         message = message.replace("\\n", ". ").replace("\\", "")
         raise ConfigError(f"unknown config key: {message}") from error
-    if rest:
-        raise UserError(f"unexpected arguments {' '.join(rest)}; flags are written --name=value")
+    if len(rest) > words:
+        raise UserError(f"unexpected arguments {' '.join(rest[words:])}; flags are written --name=value")
+    return rest

@@ -1,14 +1,17 @@
 """How stored images become what the network sees, and back."""
 
+import abc
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 
+from sddit_jax import schema
+
 
 @dataclasses.dataclass(frozen=True)
-class PixelCodec:
-    """z = (x - mean) * scale with x = pixel / 127.5 - 1 in [-1, 1]; mean and scale have a value per channel or one.
+class Codec(abc.ABC):
+    """z = (x - mean) * scale; mean and scale have a value per channel or one.
 
     The scale brings the data to the standard deviation that the diffusion assumes (sigma_data).
     """
@@ -16,20 +19,59 @@ class PixelCodec:
     mean: tuple[float, ...]
     scale: tuple[float, ...]
 
-    def encode(self, image_BHWC: jax.Array) -> jax.Array:
-        """uint8 [B, H, W, C] -> float32."""
-        x = image_BHWC.astype(jnp.float32) / 127.5 - 1
-        return (x - self._row(self.mean)) * self._row(self.scale)
+    name = ""
 
+    @abc.abstractmethod
+    def encode(self, image_BHWC: jax.Array) -> jax.Array:
+        """What is stored, [B, H, W, C], as float32 z."""
+
+    @abc.abstractmethod
     def decode(self, z_BHWC: jax.Array) -> jax.Array:
-        """float32 -> uint8 by clip(127.5 x + 128), the rounding of DiT and EDM; the exact inverse of `encode`."""
-        x = z_BHWC / self._row(self.scale) + self._row(self.mean)
-        return jnp.clip(127.5 * x + 128, 0, 255).astype(jnp.uint8)
+        """The inverse of `encode`."""
 
     def record(self) -> dict[str, object]:
         """What a dataset, a checkpoint and a file of samples say about it."""
-        return {"name": "pixels", "mean": list(self.mean), "scale": list(self.scale)}
+        return {"name": self.name, "mean": list(self.mean), "scale": list(self.scale)}
 
-    @staticmethod
-    def _row(values: tuple[float, ...]) -> jax.Array:
-        return jnp.asarray(values, jnp.float32).reshape(1, 1, 1, -1)
+    def _normalise(self, x_BHWC: jax.Array) -> jax.Array:
+        return (x_BHWC - _row(self.mean)) * _row(self.scale)
+
+    def _restore(self, z_BHWC: jax.Array) -> jax.Array:
+        return z_BHWC / _row(self.scale) + _row(self.mean)
+
+
+class PixelCodec(Codec):
+    """x = pixel / 127.5 - 1 in [-1, 1]; stored are uint8 pixels."""
+
+    name = "pixels"
+
+    def encode(self, image_BHWC: jax.Array) -> jax.Array:
+        """uint8 [B, H, W, C] -> float32."""
+        return self._normalise(image_BHWC.astype(jnp.float32) / 127.5 - 1)
+
+    def decode(self, z_BHWC: jax.Array) -> jax.Array:
+        """float32 -> uint8 by clip(127.5 x + 128), the rounding of DiT and EDM; the exact inverse of `encode`."""
+        return jnp.clip(127.5 * self._restore(z_BHWC) + 128, 0, 255).astype(jnp.uint8)
+
+
+class LatentCodec(Codec):
+    """x are the latents of an autoencoder, as it gives and takes them: float32."""
+
+    name = "latents"
+
+    def encode(self, image_BHWC: jax.Array) -> jax.Array:
+        """Latents of the autoencoder -> z."""
+        return self._normalise(image_BHWC)
+
+    def decode(self, z_BHWC: jax.Array) -> jax.Array:
+        """z -> latents for the autoencoder's decoder."""
+        return self._restore(z_BHWC)
+
+
+def make_codec(config: schema.Codec) -> Codec:
+    """The codec that a configuration names."""
+    return {kind.name: kind for kind in (PixelCodec, LatentCodec)}[config.name](config.mean, config.scale)
+
+
+def _row(values: tuple[float, ...]) -> jax.Array:
+    return jnp.asarray(values, jnp.float32).reshape(1, 1, 1, -1)

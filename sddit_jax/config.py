@@ -224,6 +224,14 @@ def _check_together(config: Config) -> None:
             f"is {model.num_classes}, objectives.label_dropout {objectives.label_dropout}",
         ),
         (
+            config.sampling.solver in ("ddim", "ddpm") and diffusion.name != "ddpm",
+            f"sampling.solver is {config.sampling.solver!r}, but diffusion.name {diffusion.name!r}: set heun or euler",
+        ),
+        (
+            config.sampling.guidance_channels > model.channels,
+            f"sampling.guidance_channels is {config.sampling.guidance_channels}, but model.channels {model.channels}",
+        ),
+        (
             config.eval.name == "digits" and config.data.source != "digits",
             f"eval.name is 'digits', but data.source is {config.data.source!r}",
         ),

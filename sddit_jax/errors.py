@@ -23,6 +23,10 @@ class CheckpointError(UserError):
     """A working directory that cannot be continued from or written to."""
 
 
+class WeightsError(UserError):
+    """A file of weights that cannot be loaded."""
+
+
 class Diverged(CommandError):
     """The loss or the gradients stayed non-finite. Starting again would diverge again. Exit code 3."""
 

@@ -17,3 +17,10 @@ def grid(images_BHWC: np.ndarray, columns: int | None = None, scale: int = 1, ga
         y, x = gap + (i // columns) * cell_h, gap + (i % columns) * cell_w
         canvas[y : y + height * scale, x : x + width * scale] = image
     return canvas
+
+
+def false_colours(latents_BHWC: np.ndarray) -> np.ndarray:
+    """Latents as pictures: their first three channels (one, if there are fewer), grey at 0: uint8 [B, H, W, 3 or 1]."""
+    shown = latents_BHWC[..., : 3 if latents_BHWC.shape[-1] >= 3 else 1]
+    largest = 3 * max(float(shown.std()), 1e-12)
+    return np.clip(128 + 128 * shown / largest, 0, 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""What a run says while it runs: metrics.jsonl, TensorBoard, Weights & Biases, a progress bar."""
+"""What a run says of itself: config.json, metrics.jsonl, TensorBoard, Weights & Biases, a progress bar, pictures."""
 
 import contextlib
 import importlib.util
@@ -15,8 +15,28 @@ import numpy as np
 import tqdm
 from PIL import Image
 
+from sddit_jax import config as config_lib
 from sddit_jax import images
-from sddit_jax.errors import UserError
+from sddit_jax.errors import CheckpointError, ConfigError, UserError
+from sddit_jax.schema import Config
+
+CONFIG = "config.json"
+
+
+def write_config(workdir: Path, config: Config) -> None:
+    """Writes WORKDIR/config.json, whole or not at all."""
+    temporary = workdir / f"{CONFIG}.tmp"
+    temporary.write_text(json.dumps(config_lib.to_dict(config), indent=2))
+    temporary.replace(workdir / CONFIG)
+
+
+def read_config(workdir: Path) -> Config:
+    """What `write_config` wrote. Raises CheckpointError if it cannot be read."""
+    path = workdir / CONFIG
+    try:
+        return config_lib.resolve(json.loads(path.read_text()))
+    except (OSError, ValueError, ConfigError) as error:
+        raise CheckpointError(f"{path} is not the config of a run: {error}; use another --workdir") from error
 
 
 class MetricsLog:
@@ -170,7 +190,9 @@ class Progress:
 
 
 def save_grid(images_BHWC: np.ndarray, path: Path) -> None:
-    """Writes uint8 images [B, H, W, C] as one PNG, small ones enlarged for a person to see them."""
+    """Writes images [B, H, W, C] as one PNG, small ones enlarged: uint8, or latents (float32) in false colours."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if images_BHWC.dtype != np.uint8:
+        images_BHWC = images.false_colours(images_BHWC)
     canvas = images.grid(images_BHWC, scale=max(1, 64 // images_BHWC.shape[1]))
     Image.fromarray(canvas.squeeze(-1) if canvas.shape[-1] == 1 else canvas).save(path)

@@ -1,6 +1,8 @@
 """Draws samples: python -m sddit_jax.sample --workdir=RUN --output=DIR --num_samples=N.
 
 Writes DIR/samples.npz (`arr_0` uint8 NHWC, `arr_1` int32 labels), DIR/samples.json (how they were made), DIR/grid.png.
+Of a model of latents these are latents.npz (float32, as the autoencoder's decoder takes them), latents.json, and a grid
+in false colours.
 """
 
 import json
@@ -26,8 +28,15 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run whose EMA weig
 OUTPUT = flags.DEFINE_string("output", None, "Folder to write to; it is made.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 100, "How many images.", lower_bound=1)
 LABELS = flags.DEFINE_string("labels", "balanced", "balanced, random, or class labels such as 3,1,4 that are repeated.")
-GUIDANCE = flags.DEFINE_float("guidance", None, "Classifier-free guidance; 1: none. Left out: the run's setting.")
-STEPS = flags.DEFINE_integer("steps", None, "Noise levels. Left out: the run's setting.", lower_bound=1)
+# Each stands for a key of the run's config.sampling.
+SETTINGS = {
+    "solver": flags.DEFINE_string("solver", None, "heun, euler, ddim or ddpm. Left out: the run's setting."),
+    "steps": flags.DEFINE_integer("steps", None, "Noise levels. Left out: the run's setting."),
+    "guidance": flags.DEFINE_float("guidance", None, "Classifier-free guidance; 1: none. Left out: the run's setting."),
+    "guidance_channels": flags.DEFINE_integer(
+        "guidance_channels", None, "Guide only the first channels; 0: all. Left out: the run's setting."
+    ),
+}
 SEED = flags.DEFINE_integer("seed", 0, "Image i is a function of seed, i and its label.", 0, 2**31 - 1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images computed at a time.", lower_bound=1)
 STEP = flags.DEFINE_integer("checkpoint_step", None, "Step of the checkpoint. Left out: the newest that is intact.")
@@ -61,17 +70,12 @@ def main() -> None:
             f"--workdir={WORKDIR.value} has no checkpoints; it should be a folder that main trained in"
         )
     ema, meta = Checkpointer(checkpoints, read_only=True).restore_ema(step=STEP.value)
-    config = resolve(meta["config"])
-    steps = STEPS.value or config.sampling.steps
-    guidance = config.sampling.guidance if GUIDANCE.value is None else GUIDANCE.value
-    if guidance != 1 and not (config.model.num_classes and config.objectives.label_dropout):
-        raise UserError(f"--guidance={guidance}, but the model has no trained null label to be guided away from")
+    settings = {key: flag.value for key, flag in SETTINGS.items() if flag.value is not None}
+    config = resolve({**meta["config"], "sampling": {**meta["config"]["sampling"], **settings}})
     label_N = parse_labels(LABELS.value, NUM_SAMPLES.value, config.model.num_classes, SEED.value)
 
     parts = make_parts(config)
-    sample = make_sample(
-        parts.network, parts.diffusion, parts.codec, steps=steps, rho=config.sampling.rho, guidance=guidance
-    )
+    sample = make_sample(parts.network, parts.diffusion, parts.codec, config.sampling)
     mesh = sharding.make_mesh(Parallel())
     generate = make_generate(sample, mesh, min(BATCH_SIZE.value, NUM_SAMPLES.value))
     images_NHWC = generate(jax.device_put(ema["default"], sharding.replicated(mesh)), SEED.value, label_N)
@@ -85,14 +89,20 @@ def main() -> None:
         "first_index": 0,
         "count": len(label_N),
         "labels": LABELS.value,
-        "sampler": {"name": "heun", "steps": steps, "rho": config.sampling.rho},
-        "guidance": guidance,
+        "sampler": {
+            "name": config.sampling.solver,
+            "steps": config.sampling.steps,
+            "rho": config.sampling.rho,
+            "guidance_channels": config.sampling.guidance_channels,
+        },
+        "guidance": config.sampling.guidance,
         "codec": meta["codec"],
     }
+    name = "samples" if config.codec.name == "pixels" else "latents"
     try:
         output.mkdir(parents=True, exist_ok=True)
-        np.savez(output / "samples.npz", arr_0=images_NHWC, arr_1=label_N)
-        (output / "samples.json").write_text(json.dumps(record, indent=2))
+        np.savez(output / f"{name}.npz", arr_0=images_NHWC, arr_1=label_N)
+        (output / f"{name}.json").write_text(json.dumps(record, indent=2))
         save_grid(images_NHWC[:100], output / "grid.png")
     except OSError as error:
         raise UserError(f"--output={output} could not be written: {error}") from error

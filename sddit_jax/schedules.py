@@ -22,6 +22,6 @@ def learning_rate(step: jax.Array, peak: float, kind: str, warmup_steps: int, st
     return peak * warmup * cosine(jnp.maximum(step - warmup_steps, 0), 1.0, 0.0, steps - warmup_steps)
 
 
-def ema_decay(step: jax.Array, decay: float) -> jax.Array:
-    """min(decay, (1 + t) / (10 + t)): an EMA that forgets its random start."""
-    return jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+def ema_decay(step: jax.Array, decay: float, warmup: bool = True) -> jax.Array:
+    """min(decay, (1 + t) / (10 + t)), an EMA that forgets its random start; without `warmup` the constant decay."""
+    return jnp.minimum(decay, (1.0 + step) / (10.0 + step)) if warmup else jnp.asarray(decay, jnp.float32)

@@ -50,8 +50,9 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Diffusion:
-    """EDM's noise level distribution and preconditioning (Karras et al. 2022, Table 1)."""
+    """EDM's noise levels and preconditioning (Karras et al. 2022, Table 1), or DDPM's, which have no knobs."""
 
+    name: str = _default("edm", "I", "edm, or ddpm: what DiT's checkpoints need", choices=("edm", "ddpm"))
     sigma_data: float = _default(0.5, "I", "standard deviation of the data that the network sees", above=0)
     log_sigma_mean: float = _default(-1.2, "I", "mean of ln sigma in training")
     log_sigma_std: float = _default(1.2, "I", "standard deviation of ln sigma in training", above=0)
@@ -67,8 +68,9 @@ class Masking:
     fill: str = _default(
         "noisy",
         "P",
-        "decoder input there: 'noisy' tokens, or a learnt 'mask_token' (MaskDiT)",
-        choices=("noisy", "mask_token"),
+        "decoder input there: 'noisy' tokens, a learnt 'mask_token', or 'zeros' (MaskDiT with and without its loss on "
+        "masked patches)",
+        choices=("noisy", "mask_token", "zeros"),
     )
 
 
@@ -149,9 +151,14 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class EMA:
-    """The weights that sampling uses: decay(t) = min(decay, (1 + t) / (10 + t))."""
+    """The weights that sampling uses."""
 
     decay: float = _default(0.9999, "I", "decay of the sampling EMA", least=0, most=1)
+    warmup: bool = _default(
+        True,
+        "C",
+        "decay(t) = min(decay, (1 + t) / (10 + t)): forgets a random start; off for weights that are trained",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,9 +175,11 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Codec:
-    """How pixels become what the network sees: z = (x - mean) * scale, x in [-1, 1], per channel."""
+    """How stored images become what the network sees: z = (x - mean) * scale, per channel."""
 
-    name: str = _default("pixels", "C", "pixels", choices=("pixels",))
+    name: str = _default(
+        "pixels", "C", "x is 'pixels' in [-1, 1], or 'latents' of an autoencoder", choices=("pixels", "latents")
+    )
     mean: tuple[float, ...] = _default((0.0,), "C", "mean per channel; one value serves all")
     scale: tuple[float, ...] = _default((0.5,), "C", "scale per channel; one value serves all")
 
@@ -196,11 +205,18 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """EDM's deterministic Heun sampler, and the grid of samples drawn during training."""
+    """How samples are drawn, and the grid of samples drawn during training."""
 
-    steps: int = _default(40, "I", "noise levels (network passes: 2 * steps - 1)", least=1)
+    solver: str = _default(
+        "heun",
+        "I",
+        "heun or euler (EDM); for a ddpm model also ddim, or ddpm (random, with the learnt variance)",
+        choices=("heun", "euler", "ddim", "ddpm"),
+    )
+    steps: int = _default(40, "I", "noise levels (network passes of heun: 2 * steps - 1, of others: steps)", least=1)
     rho: float = _default(7.0, "I", "exponent of the noise schedule", above=0)
     guidance: float = _default(1.0, "C", "classifier-free guidance; 1: none", least=0)
+    guidance_channels: int = _default(0, "C", "guide only the first channels (DiT's own code: 3); 0: all", least=0)
     every: int = _default(5000, "C", "steps between sample grids; 0: none", least=0)
     grid: int = _default(64, "C", "images in a grid", least=1)
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from sddit_jax import schema
-from sddit_jax.codec import PixelCodec
-from sddit_jax.diffusion import EDM
+from sddit_jax.codec import Codec, make_codec
+from sddit_jax.diffusion import Diffusion, make_diffusion
 from sddit_jax.models.layers import Constrain, unconstrained
 from sddit_jax.models.transformer import Network
 from sddit_jax.objectives.base import Objective
@@ -25,20 +25,24 @@ class Parts:
 
     config: schema.Config
     network: Network
-    diffusion: EDM
-    codec: PixelCodec
+    diffusion: Diffusion
+    codec: Codec
     objectives: tuple[Objective, ...]
     optimizer: optax.GradientTransformation
 
     def init_state(self, key: jax.Array) -> State:
-        """{params, ema: {name: params}, opt_state, aux: {objective: its state}, step, skipped}.
+        """The state that a run starts from, with fresh parameters; see `state_from`."""
+        return self.state_from(self.network.init(key))
 
-        No buffer is in it twice, so that it can be donated. `skipped` counts the non-finite steps in a row.
+    def state_from(self, params: Any, ema: Any = None) -> State:
+        """{params, ema: {name: params}, opt_state, aux: {objective: its state}, step, skipped} at step 0.
+
+        No buffer is in it twice, so that it can be donated. The EMA starts as `ema`, or as the parameters. `skipped`
+        counts the non-finite steps in a row.
         """
-        params = self.network.init(key)
         return {
             "params": params,
-            "ema": {"default": jax.tree.map(jnp.copy, params)},
+            "ema": {"default": jax.tree.map(jnp.copy, params) if ema is None else ema},
             "opt_state": self.optimizer.init(params),
             "aux": {objective.name: objective.init(params) for objective in self.objectives},
             "step": jnp.zeros((), jnp.int32),
@@ -49,12 +53,12 @@ class Parts:
 def make_parts(config: schema.Config, constrain: Constrain = unconstrained) -> Parts:
     """The parts of a checked configuration. Raises ConfigError for an unknown optimiser."""
     network = Network(config, constrain)
-    diffusion = EDM(**dataclasses.asdict(config.diffusion))
+    diffusion = make_diffusion(config.diffusion)
     return Parts(
         config=config,
         network=network,
         diffusion=diffusion,
-        codec=PixelCodec(config.codec.mean, config.codec.scale),
+        codec=make_codec(config.codec),
         objectives=make_objectives(config, network, diffusion),
         optimizer=make_optimizer(config.optimizer),
     )

@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import json
 import logging
 import signal
 import time
@@ -19,7 +18,7 @@ from sddit_jax.checkpoint import Checkpointer
 from sddit_jax.data.loader import make_loader
 from sddit_jax.data.sources import Source, open_source
 from sddit_jax.errors import CheckpointError, ConfigError, Diverged, Interrupted
-from sddit_jax.reporting import MetricsLog, Progress, save_grid
+from sddit_jax.reporting import CONFIG, MetricsLog, Progress, read_config, save_grid, write_config
 from sddit_jax.sampling.sampler import balanced_labels, make_generate, make_sample
 from sddit_jax.schema import Config
 from sddit_jax.state import Parts, State, make_parts
@@ -66,7 +65,7 @@ def train(config: Config, workdir: Path) -> None:
     }
     with _full_disk_explained(workdir):
         if primary:
-            _write_config(workdir, config)
+            write_config(workdir, config)
         metrics_log = MetricsLog(
             workdir,
             restored_step=start,
@@ -96,12 +95,8 @@ class _Run:
         self.config, self.workdir, self.mesh, self.parts = config, workdir, mesh, parts
         self.source, self.checkpointer, self.metrics_log = source, checkpointer, metrics_log
         self.meta = {"config": config_lib.to_dict(config), "codec": parts.codec.record()}
-        sampling = config.sampling
-        sample = make_sample(
-            parts.network, parts.diffusion, parts.codec,
-            steps=sampling.steps, rho=sampling.rho, guidance=sampling.guidance,
-        )  # fmt: skip
-        self.generate = make_generate(sample, mesh, sampling.grid)
+        sample = make_sample(parts.network, parts.diffusion, parts.codec, config.sampling)
+        self.generate = make_generate(sample, mesh, config.sampling.grid)
         self.diagnose = None
         if config.log.diagnose_every and evaluation.discrimination_of(parts):
             self.diagnose = jax.jit(lambda state, batch: evaluation.diagnose(parts, state, **batch))
@@ -272,24 +267,14 @@ def _open_source(config: Config) -> Source:
 
 def _check_identity(workdir: Path, config: Config) -> None:
     """Where workdir has a run's config.json, prints what differs, and refuses another model."""
-    path = workdir / "config.json"
-    if not path.exists():
+    if not (workdir / CONFIG).exists():
         return
-    try:
-        saved = config_lib.resolve(json.loads(path.read_text()))
-    except (OSError, ValueError, ConfigError) as error:
-        raise CheckpointError(f"{path} is not the config of a run: {error}; use another --workdir") from error
+    saved = read_config(workdir)
     differences = config_lib.identity_differences(saved, config)
     if any(line.startswith("model.") for line in differences):
         raise CheckpointError(f"{workdir} holds another model ({', '.join(differences)}); use another --workdir")
     for line in differences:
         log.warning("continuing %s with a changed %s", workdir, line)
-
-
-def _write_config(workdir: Path, config: Config) -> None:
-    temporary = workdir / "config.json.tmp"
-    temporary.write_text(json.dumps(config_lib.to_dict(config), indent=2))
-    temporary.replace(workdir / "config.json")
 
 
 def _print_plan(config: Config, source: Source, mesh: jax.sharding.Mesh, abstract: State, start: int) -> None:

@@ -102,7 +102,7 @@ def make_train_step(parts: Parts) -> TrainStep:
         updates, opt_state = parts.optimizer.update(gradients, state["opt_state"], state["params"])
         updates = jax.tree.map(lambda u: learning_rate * u, updates)
         params = optax.apply_updates(state["params"], updates)
-        decay = schedules.ema_decay(step, config.ema.decay)
+        decay = schedules.ema_decay(step, config.ema.decay, config.ema.warmup)
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema"]["default"], params)
         aux = {}
         for objective in parts.objectives:

@@ -120,7 +120,8 @@ class Decoder(nn.Module):
     """From encoded tokens to the network's output F, in the layout of MaskDiT's decoder.
 
     fill "noisy": invisible positions get the embedded noisy tokens, through the same projection; "mask_token": a
-    learnt token after the projection. With decoder_depth 0 only the final layer is left, as in DiT.
+    learnt token after the projection; "zeros": zeros after it. With decoder_depth 0 only the final layer is left, as
+    in DiT.
     """
 
     model: schema.Model
@@ -129,22 +130,24 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, encoded: Encoded, mask: Mask | None = None) -> jax.Array:
-        """F as an image [B, H, W, C]; with `learn_sigma` the first half of the channels of 2C."""
+        """F as an image [B, H, W, C]; with `learn_sigma` [B, H, W, 2C], the learnt variance behind it."""
         m = self.model
         dtype = jnp.dtype(m.dtype)
         tokens, condition = encoded.tokens_BVD, encoded.condition_BD
         if m.decoder_depth:
             bridge = FinalLayer(m.decoder_width, dtype, name="bridge")
-            if self.fill == "mask_token":
-                mask_token_D = self.param("mask_token", NORMAL, (m.decoder_width,)).astype(dtype)
-                tokens = bridge(tokens, condition)
-                if mask is not None:
-                    hidden_shape = (*mask.hidden_BM.shape, m.decoder_width)
-                    tokens = put_back(tokens, jnp.broadcast_to(mask_token_D, hidden_shape), mask)
-            else:
+            if self.fill == "noisy":
                 if mask is not None:
                     tokens = put_back(tokens, take(encoded.embedded_BND, mask.hidden_BM), mask)
                 tokens = bridge(tokens, condition)
+            else:
+                fill_D = jnp.zeros(m.decoder_width, dtype)
+                if self.fill == "mask_token":
+                    fill_D = self.param("mask_token", NORMAL, (m.decoder_width,)).astype(dtype)
+                tokens = bridge(tokens, condition)
+                if mask is not None:
+                    hidden_shape = (*mask.hidden_BM.shape, m.decoder_width)
+                    tokens = put_back(tokens, jnp.broadcast_to(fill_D, hidden_shape), mask)
             tokens += positions_2d(m.decoder_width, m.image_size // m.patch).astype(dtype)[None]
             tokens, _ = Stack(
                 m.decoder_depth, m.decoder_heads, m.mlp_ratio, dtype, m.scan, m.remat,
@@ -152,7 +155,7 @@ class Decoder(nn.Module):
             )(self.constrain(tokens, "tokens"), condition)  # fmt: skip
         channels = m.channels * (1 + m.learn_sigma)
         patches_BNP = FinalLayer(m.patch**2 * channels, dtype, name="final")(tokens, condition)
-        return unpatchify(patches_BNP, m.patch, channels)[..., : m.channels]
+        return unpatchify(patches_BNP, m.patch, channels)
 
 
 class Head(nn.Module):
@@ -239,7 +242,7 @@ class Network:
         return self.encoder.apply(variables, x_BHWC, c_noise_B, label_B, visible_BV, return_hidden)
 
     def decode(self, params: Any, encoded: Encoded, mask: Mask | None = None) -> jax.Array:
-        """The decoder: F, [B, H, W, C]."""
+        """The decoder: F, [B, H, W, C], or with `learn_sigma` [B, H, W, 2C]."""
         return self.decoder.apply({"params": params["decoder"]}, encoded, mask)
 
     def project(self, params: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -247,5 +250,5 @@ class Network:
         return self.head.apply({"params": params["head"]}, tokens)
 
     def __call__(self, params: Any, x_BHWC: jax.Array, c_noise_B: jax.Array, label_B: jax.Array) -> jax.Array:
-        """F as inference computes it: encoder and decoder on all tokens."""
+        """F as inference computes it: encoder and decoder on all tokens; see `decode`."""
         return self.decode(params, self.encode(params, x_BHWC, c_noise_B, label_B))

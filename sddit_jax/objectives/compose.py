@@ -1,14 +1,14 @@
 """The methods as compositions: which objectives a configuration is made of."""
 
 from sddit_jax import schema
-from sddit_jax.diffusion import EDM
+from sddit_jax.diffusion import Diffusion
 from sddit_jax.models.transformer import Network
 from sddit_jax.objectives.base import Objective
 from sddit_jax.objectives.denoising import Denoising, Reconstruction
 from sddit_jax.objectives.discrimination import Discrimination
 
 
-def make_objectives(config: schema.Config, network: Network, diffusion: EDM) -> tuple[Objective, ...]:
+def make_objectives(config: schema.Config, network: Network, diffusion: Diffusion) -> tuple[Objective, ...]:
     """The objectives with a weight above 0, in a fixed order."""
     o, patch = config.objectives, config.model.patch
     objectives = (

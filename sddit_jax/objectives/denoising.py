@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sddit_jax.diffusion import EDM
+from sddit_jax.diffusion import Diffusion
 from sddit_jax.losses import denoising_error, patch_mean, reconstruction_error
 from sddit_jax.masking import take
 from sddit_jax.models.transformer import patchify
@@ -20,7 +20,7 @@ class Denoising(Stateless):
     weight: float
     visible_only: bool
     patch: int
-    diffusion: EDM
+    diffusion: Diffusion
     name: str = "denoising"
 
     def loss(self, params: Any, aux: Any, ema: Any, views: Views, step: jax.Array) -> tuple[jax.Array, Metrics, Any]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sddit_jax import schedules, schema
-from sddit_jax.diffusion import EDM
+from sddit_jax.diffusion import Diffusion
 from sddit_jax.losses import HIGHEST, assignment_information, entropy, prototype_cross_entropy
 from sddit_jax.masking import take
 from sddit_jax.models.transformer import Encoded, Network
@@ -35,7 +35,7 @@ class Discrimination:
 
     config: schema.Discrimination
     network: Network
-    diffusion: EDM
+    diffusion: Diffusion
     steps: int
     name: str = "discrimination"
 

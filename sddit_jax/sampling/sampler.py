@@ -8,28 +8,45 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sddit_jax.codec import PixelCodec
-from sddit_jax.diffusion import EDM
+from sddit_jax import schema
+from sddit_jax.codec import Codec
+from sddit_jax.diffusion import Diffusion
 from sddit_jax.models.transformer import Network
-from sddit_jax.sampling.guidance import make_denoise
-from sddit_jax.sampling.solvers import heun, noise_levels
+from sddit_jax.sampling.guidance import make_denoise, make_output
+from sddit_jax.sampling.solvers import ancestral, euler, heun, noise_levels, respaced_levels
 
 Sample = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def make_sample(
-    network: Network, diffusion: EDM, codec: PixelCodec, *, steps: int, rho: float, guidance: float
-) -> Sample:
-    """A pure sample(params, seed, index_B, label_B) -> uint8 [B, H, W, C]; seed, indices and labels are integers."""
-    m = network.model
-    sigmas = noise_levels(steps, diffusion.sigma_min, diffusion.sigma_max, rho)
+def make_sample(network: Network, diffusion: Diffusion, codec: Codec, sampling: schema.Sampling) -> Sample:
+    """A pure sample(params, seed, index_B, label_B) -> decoded [B, H, W, C]; seed, indices and labels are integers."""
+    m, solver = network.model, sampling.solver
+    shape = (m.image_size, m.image_size, m.channels)
+    if solver in ("ddim", "ddpm"):
+        sigmas = respaced_levels(sampling.steps, diffusion)
+        # A variance-preserving diffusion starts from unit variance in all, the image included.
+        noise_scale = (1 + 1 / sigmas[0] ** 2) ** 0.5
+    else:
+        sigmas = noise_levels(sampling.steps, diffusion.sigma_min, diffusion.sigma_max, sampling.rho)
+        noise_scale = 1.0
 
     def sample(params: Any, seed: jax.Array, index_B: jax.Array, label_B: jax.Array) -> jax.Array:
+        def normal(key: jax.Array) -> jax.Array:
+            return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(index_B)
+
         key = jax.random.key(seed)
-        shape = (m.image_size, m.image_size, m.channels)
-        noise_BHWC = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(index_B)
-        denoise = make_denoise(network, diffusion, params, label_B, guidance)
-        return codec.decode(heun(denoise, noise_BHWC, sigmas))
+        noise_BHWC = noise_scale * normal(key)
+        output = make_output(network, diffusion, params, label_B, sampling.guidance, sampling.guidance_channels)
+        if solver == "ddpm":
+            # No image has this index, so no image's first noise is a step's.
+            steps_key = jax.random.fold_in(key, 2**32 - 1)
+            z_BHWC = ancestral(
+                output, diffusion, noise_BHWC, sigmas, lambda i: normal(jax.random.fold_in(steps_key, i))
+            )
+        else:
+            solve = heun if solver == "heun" else euler
+            z_BHWC = solve(make_denoise(output, diffusion), noise_BHWC, sigmas)
+        return codec.decode(z_BHWC)
 
     return sample
 
@@ -40,7 +57,7 @@ def balanced_labels(count: int, num_classes: int) -> np.ndarray:
 
 
 def make_generate(sample: Sample, mesh: Mesh, batch_size: int) -> Callable[[Any, int, np.ndarray], np.ndarray]:
-    """generate(params, seed, labels) -> uint8 images [len(labels), H, W, C] on the host, compiled once.
+    """generate(params, seed, labels) -> decoded images [len(labels), H, W, C] on the host, compiled once.
 
     Works through the labels in batches of `batch_size` rounded up to the devices, so that neither changes an image
     beyond rounding.

@@ -9,9 +9,10 @@ from helpers import random_params, tiny_config
 from sddit_jax.codec import PixelCodec
 from sddit_jax.diffusion import EDM
 from sddit_jax.models.transformer import Network
-from sddit_jax.sampling.guidance import make_denoise
+from sddit_jax.sampling.guidance import make_denoise, make_output
 from sddit_jax.sampling.sampler import make_sample
 from sddit_jax.sampling.solvers import heun, noise_levels
+from sddit_jax.schema import Sampling
 
 
 def edm_levels(steps):
@@ -79,7 +80,8 @@ def recorded(guidance, num_classes=4):
     network = Recorder(num_classes)
     label = jnp.array([0, 2, 3])
     x = jax.random.normal(jax.random.key(0), (3, 2, 2, 4))
-    out = make_denoise(network, EDM(), {}, label, guidance)(x, jnp.float32(0.5))
+    output = make_output(network, EDM(), {}, label, guidance)
+    out = make_denoise(output, EDM())(x, jnp.float32(0.5))
     # At sigma 0.5: c_skip = 1/2, c_out = 0.125^(1/2).
     return network.calls, (out - 0.5 * x) / 0.125**0.5
 
@@ -105,7 +107,7 @@ def generate():
     """generate(indices, labels, seed=0) -> images as int32, from one compiled sampler per batch size."""
     network = Network(tiny_config())
     params = random_params(network.init)
-    sample = jax.jit(make_sample(network, EDM(), PixelCodec((0.0,), (0.5,)), steps=3, rho=7.0, guidance=1.5))
+    sample = jax.jit(make_sample(network, EDM(), PixelCodec((0.0,), (0.5,)), Sampling(steps=3, guidance=1.5)))
 
     def generate(indices, labels, seed=0):
         return np.asarray(sample(params, seed, jnp.array(indices), jnp.array(labels)), np.int32)

@@ -1,0 +1,228 @@
+"""Takes weights to PyTorch and in: python -m sddit_jax.convert COMMAND ...
+
+    to-torch      --workdir=RUN --output=model.safetensors      for sddit_jax.interop.pytorch
+    to-maskdit    --workdir=RUN --output=0400000.pt             for the public MaskDiT code
+    to-dit        --workdir=RUN --output=model.pt               for the public DiT code
+    from-torch    model.safetensors --workdir=NEW
+    from-maskdit  imagenet256.pt --workdir=NEW
+    from-dit      DiT-XL-2-256x256.pt --workdir=NEW
+
+An imported workdir is like one that main trained: sample from it, or go on training with
+--config=configs/finetune.py:NEW --workdir=NEW. A file that does not fit its network is refused, with all that is
+missing, too much or of another shape; --partial loads what fits. Nothing in a file is executed.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors.numpy
+from absl import flags
+from ml_collections import config_flags
+
+from sddit_jax import cli, sharding
+from sddit_jax import config as config_lib
+from sddit_jax.checkpoint import Checkpointer
+from sddit_jax.errors import CheckpointError, UserError, WeightsError
+from sddit_jax.interop.layouts import DIT, MASKDIT, OWN, Layout, fit, shared_prefix
+from sddit_jax.interop.state_dict import from_state_dict, places, to_state_dict
+from sddit_jax.models.transformer import Network
+from sddit_jax.reporting import write_config
+from sddit_jax.schema import Config, Parallel
+from sddit_jax.state import Parts, make_parts
+from sddit_jax.weights.files import read_safetensors, read_torch, require
+
+log = logging.getLogger("sddit_jax")
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Run to export, or a new folder to import into.")
+OUTPUT = flags.DEFINE_string("output", None, "File to write.")
+WEIGHTS = flags.DEFINE_enum(
+    "weights", None, ["ema", "params", "both"],
+    "The EMA (the default), the parameters as trained, or for MaskDiT and DiT both (the default for MaskDiT).",
+)  # fmt: skip
+STEP = flags.DEFINE_integer("checkpoint_step", None, "Step of the checkpoint. Left out: the newest that is intact.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The network to import into, as for main. Left out: what the file itself tells.", lock_config=True
+)
+PARTIAL = flags.DEFINE_bool("partial", False, "Import what fits; the rest of the network is fresh.")
+
+
+def main(command: str = "", file: str = "") -> None:
+    """Does what the first word says."""
+    layouts = {"torch": OWN, "maskdit": MASKDIT, "dit": DIT}
+    direction, _, name = command.partition("-")
+    if direction not in ("to", "from") or name not in layouts:
+        known = ", ".join(f"{way}-{layout}" for way in ("to", "from") for layout in layouts)
+        raise UserError(f"{command!r} is not one of {known}; --help shows examples")
+    if not WORKDIR.value:
+        raise UserError("--workdir=DIR is needed")
+    workdir = Path(WORKDIR.value).expanduser()
+    if direction == "to":
+        if not OUTPUT.value or file:
+            raise UserError(f"{command} is written --workdir=RUN --output=FILE")
+        export(layouts[name], workdir, Path(OUTPUT.value).expanduser(), WEIGHTS.value, STEP.value)
+    else:
+        if not file:
+            raise UserError(f"{command} is written {command} FILE --workdir=NEW")
+        import_(layouts[name], Path(file).expanduser(), workdir, CONFIG.value, PARTIAL.value)
+
+
+def export(layout: Layout, workdir: Path, output: Path, weights: str | None, step: int | None = None) -> None:
+    """Writes the weights of a run's checkpoint to `output`, whole or not at all.
+
+    Ours is a safetensors file of one set of weights, with the configuration in its metadata. Those of DiT and MaskDiT
+    are files of torch.save: one set of weights as DiT publishes it, or a dict of "model" and "ema".
+    """
+    weights = weights or ("both" if layout is MASKDIT else "ema")
+    if layout is OWN and weights == "both":
+        raise UserError("--weights=both: a safetensors file has one set of weights; choose ema or params")
+    config, trees, meta = _read_run(workdir, weights, step)
+    if layout is DIT and config.model.num_classes and config.model.null_label == "zero":
+        config, trees = _with_null_row(config, trees)
+    if layout is not OWN and config.diffusion.name != layout.diffusion:
+        log.warning("the network was trained under %s, but %s samples under %s", config.diffusion.name, *layout[:2])
+    network = Network(config)
+    entries = layout.entries(network)
+    files = {}
+    for name, tree in trees.items():
+        arrays = to_state_dict(tree, network)
+        files[name] = {key: entry.to_file(arrays) for key, entry in entries.items()}
+    temporary = output.with_name(f".{output.name}.tmp")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if layout is OWN:
+            _save_safetensors(temporary, files[weights], meta, weights)
+        else:
+            _save_torch(temporary, files, layout.prefix)
+        temporary.replace(output)
+    except OSError as error:
+        raise UserError(f"--output={output} could not be written: {error}") from error
+    log.info("%s of step %d in %s: %d tensors each", " and ".join(files), meta["step"], output, len(entries))
+
+
+def import_(layout: Layout, file: Path, workdir: Path, config: Any = None, partial: bool = False) -> None:
+    """Makes a workdir at step 0 from a file of weights.
+
+    config: a ConfigDict of the network to import into; None: what the file tells. Raises WeightsError or UserError, and
+    then leaves no workdir.
+    """
+    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        raise CheckpointError(f"--workdir={workdir} is not empty; weights are imported into a new folder")
+    if layout is OWN:
+        tensors, metadata = read_safetensors(file)
+        groups = {"": tensors}
+        if config is None and "config" not in metadata:
+            raise WeightsError(f"{file} has no configuration in its metadata; --config must say which network this is")
+        config = json.loads(metadata["config"]) if config is None else config
+    else:
+        groups, skipped = read_torch(file)
+        found = ", ".join(f"{name or 'weights'} ({len(tensors)} tensors)" for name, tensors in groups.items())
+        log.info("%s has %s%s", file, found, f"; passed over: {', '.join(skipped)}" if skipped else "")
+    params, ema = (_choose(file, groups, order) for order in (("model", "ema"), ("ema", "model")))
+    if config is None:
+        prefix = shared_prefix(ema)
+        config = layout.infer({name.removeprefix(prefix): tuple(tensor.shape) for name, tensor in ema.items()})
+    config = config_lib.resolve(config)
+    network = Network(config)
+    entries = layout.entries(network)
+
+    def tree(name: str, tensors: Mapping[str, Any]) -> Any:
+        arrays, faults = fit(entries, tensors, partial=partial)
+        for fault in faults:
+            log.warning("%s: %s", name, fault)
+        if places(network).keys() - arrays.keys():
+            fresh = to_state_dict(jax.jit(network.init)(jax.random.key(config.seed)), network)
+            arrays = fresh | arrays
+        return from_state_dict(arrays, network)
+
+    source = {"file": file.name, "sha256": _sha256(file), "layout": layout.name}
+    _write_run(workdir, config, tree("params", params), None if ema is params else tree("ema", ema), source)
+    log.info("%s is in %s, as a run at step 0", file.name, workdir)
+
+
+def _choose(file: Path, groups: Mapping[str, Any], order: tuple[str, ...]) -> Mapping[str, Any]:
+    for name in (*order, ""):
+        if name in groups:
+            return groups[name]
+    raise WeightsError(f"{file} has tensors under {', '.join(groups)}, but none under {' or '.join(order)}")
+
+
+def _read_run(workdir: Path, weights: str, step: int | None) -> tuple[Config, dict[str, Any], dict[str, Any]]:
+    """The configuration of a checkpoint, {"params": tree, "ema": tree} or one of them, and its record."""
+    checkpoints = workdir / "checkpoints"
+    if not checkpoints.is_dir():
+        raise CheckpointError(f"--workdir={workdir} has no checkpoints; it should be a folder that main trained in")
+    checkpointer = Checkpointer(checkpoints, read_only=True)
+    ema, meta = checkpointer.restore_ema(step=step)
+    config = config_lib.resolve(meta["config"])
+    if weights == "ema":
+        return config, {"ema": ema["default"]}, meta
+    state, meta = checkpointer.restore(_abstract_state(make_parts(config)), step=meta["step"])
+    trees = {"model" if weights == "both" else "params": state["params"], "ema": state["ema"]["default"]}
+    return config, trees if weights == "both" else {"params": trees["params"]}, meta
+
+
+def _write_run(workdir: Path, config: Config, params: Any, ema: Any, source: Mapping[str, str]) -> None:
+    parts = make_parts(config)
+    layout = jax.tree.map(lambda leaf: leaf.sharding, _abstract_state(parts))
+    params = jax.device_put(params, layout["params"])
+    ema = None if ema is None else jax.device_put(ema, layout["ema"]["default"])
+    state = jax.jit(parts.state_from, out_shardings=layout)(params, ema)
+    meta = {"config": config_lib.to_dict(config), "codec": parts.codec.record(), "imported": dict(source)}
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_config(workdir, config)
+    except OSError as error:
+        raise CheckpointError(f"--workdir={workdir} could not be written: {error}") from error
+    checkpointer = Checkpointer(workdir / "checkpoints")
+    checkpointer.save(0, state, meta)
+    checkpointer.close()
+
+
+def _abstract_state(parts: Parts) -> Any:
+    """Shapes of the train state, its parameters split over all devices: one alone may be too small for it."""
+    mesh = sharding.make_mesh(Parallel(fsdp=len(jax.devices())))
+    abstract = jax.eval_shape(parts.init_state, jax.random.key(0))
+    layout = sharding.shardings(mesh, abstract)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, layout)
+
+
+def _with_null_row(config: Config, trees: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
+    """The same networks with a row of zeros for the null label."""
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, null_label="row"))
+
+    def with_row(tree: Any) -> Any:
+        label = {"table": np.pad(np.asarray(tree["encoder"]["label"]["table"]), ((0, 1), (0, 0)))}
+        return {**tree, "encoder": {**tree["encoder"], "label": label}}
+
+    return config, {name: with_row(tree) for name, tree in trees.items()}
+
+
+def _save_safetensors(path: Path, arrays: dict[str, np.ndarray], meta: Mapping[str, Any], weights: str) -> None:
+    record = {"config": json.dumps(meta["config"]), "codec": json.dumps(meta["codec"])}
+    metadata = {"format": "pt", "weights": weights, "step": str(meta["step"]), **record}
+    safetensors.numpy.save_file(arrays, path, metadata=metadata)
+
+
+def _save_torch(path: Path, files: Mapping[str, Mapping[str, np.ndarray]], prefix: str) -> None:
+    torch = require("torch", "torch")
+    content = {
+        name: {prefix + key: torch.from_numpy(np.require(array, requirements="W")) for key, array in arrays.items()}
+        for name, arrays in files.items()
+    }
+    torch.save(content if len(content) > 1 or prefix else next(iter(content.values())), path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+if __name__ == "__main__":
+    cli.run(main, words=2)

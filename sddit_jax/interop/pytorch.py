@@ -1,0 +1,511 @@
+"""The network of sddit_jax in PyTorch: one file that needs torch and safetensors alone, JAX is not imported.
+
+    from sddit_jax.interop.pytorch import load, sample
+    network = load("model.safetensors")                    # an nn.Module; written by `convert to-torch`
+    images = sample(network, labels=[3, 1, 4], guidance=1.5)
+
+`network(x, sigma, label)` is the denoised image D(x; sigma); `training_losses` are the objectives of all methods.
+Images are [B, C, H, W]. Parameters have the names of sddit_jax with the blocks apart, in torch's layout.
+"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from os import PathLike
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """LayerNorm over the last axis without affine parameters; statistics in float32, output in x's dtype."""
+    return F.layer_norm(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:], eps=1e-6).to(x.dtype)
+
+
+def modulate(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
+    """x * (1 + scale) + shift, the same for all tokens of an image."""
+    return x_BND * (1 + scale_BD[:, None]) + shift_BD[:, None]
+
+
+def positions_2d(width: int, side: int) -> Tensor:
+    """Fixed sine-cosine positions in raster order, float32 [side^2, width]: first the column's, then the row's."""
+    frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    angles = [coordinate.flatten()[:, None] * frequencies for coordinate in (column, row)]
+    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()
+
+
+def select(tokens_BND: Tensor, positions_BV: Tensor) -> Tensor:
+    """The tokens at the given positions of each image."""
+    return tokens_BND.gather(1, _index(positions_BV, tokens_BND))
+
+
+class TimeEmbedding(nn.Module):
+    """c_noise [B] -> [B, width]: [cos | sin] at 128 frequencies from 1 to 1/10000, and a two-layer MLP."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.hidden, self.out = nn.Linear(256, width), nn.Linear(width, width)
+
+    def forward(self, c_noise_B: Tensor) -> Tensor:
+        """In the dtype of the weights, which stays float32 when the rest is bfloat16."""
+        frequencies = torch.exp(-torch.log(torch.tensor(10000.0, dtype=torch.float64)) * torch.arange(128) / 128)
+        angles = c_noise_B[:, None] * frequencies.to(c_noise_B)
+        embedded = torch.cat([angles.cos(), angles.sin()], dim=1).to(self.out.weight.dtype)
+        return self.out(F.silu(self.hidden(embedded)))
+
+
+class LabelEmbedding(nn.Module):
+    """Class labels [B] -> [B, width]; `num_classes` is the null label: zeros, or the last row of the table."""
+
+    def __init__(self, num_classes: int, width: int, null: str) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.table = nn.Parameter(torch.empty(num_classes + (null == "row"), width))
+
+    def forward(self, label_B: Tensor) -> Tensor:
+        """[B, width]."""
+        embedded_BD = self.table[label_B.clamp(max=len(self.table) - 1)]
+        return torch.where((label_B < len(self.table))[:, None], embedded_BD, 0)
+
+
+class Modulation(nn.Module):
+    """adaLN's parameters from the condition [B, C]: `count` tensors [B, width]."""
+
+    def __init__(self, condition: int, count: int, width: int) -> None:
+        super().__init__()
+        self.count, self.linear = count, nn.Linear(condition, count * width)
+
+    def forward(self, condition_BC: Tensor) -> tuple[Tensor, ...]:
+        """SiLU, then a linear map."""
+        return self.linear(F.silu(condition_BC).to(self.linear.weight.dtype)).chunk(self.count, dim=1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; the rows of qkv are q, k, v, each head by head."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        batch, tokens, width = x_BND.shape
+        q, k, v = self.qkv(x_BND).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        attended_BHNC = F.scaled_dot_product_attention(q, k, v)
+        return self.out(attended_BHNC.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class MLP(nn.Module):
+    """Linear, tanh-approximated GELU, linear."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.hidden, self.out = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        return self.out(F.gelu(self.hidden(x_BND), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """A transformer block with adaLN-Zero (Peebles & Xie 2023)."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, condition: int) -> None:
+        super().__init__()
+        self.modulation = Modulation(condition, 6, width)
+        self.attention = Attention(width, heads)
+        self.mlp = MLP(width, int(width * mlp_ratio))
+
+    def forward(self, x_BND: Tensor, condition_BC: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition_BC)
+        x_BND = x_BND + gate_a[:, None] * self.attention(modulate(layer_norm(x_BND), shift_a, scale_a))
+        return x_BND + gate_m[:, None] * self.mlp(modulate(layer_norm(x_BND), shift_m, scale_m))
+
+
+class Stack(nn.Module):
+    """Blocks one after another."""
+
+    def __init__(self, depth: int, width: int, heads: int, mlp_ratio: float, condition: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, condition) for _ in range(depth))
+
+    def forward(self, x_BND: Tensor, condition_BC: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        for block in self.blocks:
+            x_BND = block(x_BND, condition_BC)
+        return x_BND
+
+
+class FinalLayer(nn.Module):
+    """Norm, modulation and a linear map: tokens [B, N, D] -> [B, N, out]."""
+
+    def __init__(self, width: int, out: int, condition: int) -> None:
+        super().__init__()
+        self.modulation, self.linear = Modulation(condition, 2, width), nn.Linear(width, out)
+
+    def forward(self, tokens_BND: Tensor, condition_BC: Tensor) -> Tensor:
+        """Also serves as the projection from the encoder's width to the decoder's."""
+        return self.linear(modulate(layer_norm(tokens_BND), *self.modulation(condition_BC)))
+
+
+@dataclasses.dataclass
+class Encoded:
+    """What the encoder gives: [CLS] or None, the encoded visible tokens, all embedded tokens, the condition."""
+
+    cls_BD: Tensor | None
+    tokens_BVD: Tensor
+    embedded_BND: Tensor
+    condition_BD: Tensor
+
+
+class Encoder(nn.Module):
+    """Patch, position, time and label embeddings, an optional [CLS] token, and blocks."""
+
+    def __init__(self, m: SimpleNamespace) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(m.channels, m.width, m.patch, stride=m.patch)
+        self.time = TimeEmbedding(m.width)
+        self.label = LabelEmbedding(m.num_classes, m.width, m.null_label) if m.num_classes else None
+        self.cls = nn.Parameter(torch.empty(m.width)) if m.cls_token else None
+        self.stack = Stack(m.depth, m.width, m.heads, m.mlp_ratio, m.width)
+        self.register_buffer("positions", positions_2d(m.width, m.image_size // m.patch), persistent=False)
+
+    def forward(self, x_BCHW: Tensor, c_noise_B: Tensor, label_B: Tensor, visible_BV: Tensor | None = None) -> Encoded:
+        """Encodes the tokens at `visible_BV` (all of them if None) of c_in * x."""
+        condition_BD = self.time(c_noise_B)
+        if self.label is not None:
+            condition_BD = condition_BD + self.label(label_B)
+        dtype = self.patch.weight.dtype
+        embedded_BND = self.patch(x_BCHW.to(dtype)).flatten(2).transpose(1, 2) + self.positions.to(dtype)
+        tokens = embedded_BND if visible_BV is None else select(embedded_BND, visible_BV)
+        if self.cls is None:
+            return Encoded(None, self.stack(tokens, condition_BD), embedded_BND, condition_BD)
+        cls_B1D = self.cls.to(dtype).expand(len(tokens), 1, -1)
+        tokens = self.stack(torch.cat([cls_B1D, tokens], dim=1), condition_BD)
+        return Encoded(tokens[:, 0], tokens[:, 1:], embedded_BND, condition_BD)
+
+
+class Decoder(nn.Module):
+    """From encoded tokens to the network's output, an image.
+
+    Invisible positions get the embedded noisy tokens, through the same projection (fill "noisy"), or after it a learnt
+    token ("mask_token") or zeros ("zeros"). Without blocks of its own only the final layer is left, as in DiT.
+    """
+
+    def __init__(self, m: SimpleNamespace, fill: str) -> None:
+        super().__init__()
+        self.fill, self.patch, self.channels = fill, m.patch, m.channels * (1 + m.learn_sigma)
+        self.bridge = self.stack = self.mask_token = None
+        width = m.decoder_width if m.decoder_depth else m.width
+        if m.decoder_depth:
+            self.bridge = FinalLayer(m.width, width, m.width)
+            self.stack = Stack(m.decoder_depth, width, m.decoder_heads, m.mlp_ratio, m.width)
+            self.mask_token = nn.Parameter(torch.empty(width)) if fill == "mask_token" else None
+            self.register_buffer("positions", positions_2d(width, m.image_size // m.patch), persistent=False)
+        self.final = FinalLayer(width, m.patch**2 * self.channels, m.width)
+
+    def forward(self, encoded: Encoded, visible_BV: Tensor | None = None) -> Tensor:
+        """[B, C, H, W], or [B, 2C, H, W] with a learnt variance behind F."""
+        tokens, condition = encoded.tokens_BVD, encoded.condition_BD
+        if self.stack is not None:
+            if self.fill == "noisy" and visible_BV is not None:
+                tokens = encoded.embedded_BND.scatter(1, _index(visible_BV, tokens), tokens)
+            tokens = self.bridge(tokens, condition)
+            if self.fill != "noisy" and visible_BV is not None:
+                shape = (len(tokens), encoded.embedded_BND.shape[1], tokens.shape[2])
+                fill = tokens.new_zeros(shape) if self.mask_token is None else self.mask_token.expand(shape)
+                tokens = fill.scatter(1, _index(visible_BV, tokens), tokens)
+            tokens = self.stack(tokens + self.positions.to(tokens.dtype), condition)
+        patches_BNP = self.final(tokens, condition)
+        side = round(patches_BNP.shape[1] ** 0.5)
+        grid = patches_BNP.view(-1, side, side, self.patch, self.patch, self.channels)
+        return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.channels, side * self.patch, side * self.patch)
+
+
+class Head(nn.Module):
+    """The projection head: LayerNorm, a three-layer GELU MLP, and K prototypes of unit norm."""
+
+    def __init__(self, m: SimpleNamespace, d: SimpleNamespace) -> None:
+        super().__init__()
+        self.mlp_0, self.mlp_1 = nn.Linear(m.width, d.head_width), nn.Linear(d.head_width, d.head_width)
+        self.mlp_2 = nn.Linear(d.head_width, d.bottleneck)
+        self.prototypes = nn.Parameter(torch.empty(d.prototypes, d.bottleneck))
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [..., D] -> unit vectors [..., E] and prototypes [K, E]; logits are their products."""
+        hidden = F.gelu(self.mlp_1(F.gelu(self.mlp_0(layer_norm(tokens)))))
+        vectors = self.mlp_2(hidden).to(self.prototypes.dtype)
+        return F.normalize(vectors, dim=-1), F.normalize(self.prototypes, dim=-1)
+
+
+def preconditioning(diffusion: SimpleNamespace, sigma_B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(c_skip, c_out, c_in, c_noise) [B]: EDM's (Karras et al. 2022, Table 1), or those of DDPM's 1,000 steps.
+
+    DDPM's c_noise is the step whose noise level is sigma, interpolated between two.
+    """
+    if diffusion.name == "ddpm":
+        alpha_bar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+        table = ((1 - alpha_bar) / alpha_bar).sqrt().float().to(sigma_B)
+        above = torch.searchsorted(table, sigma_B.contiguous()).clamp(1, 999)
+        low, high = table[above - 1], table[above]
+        step_B = (above - 1 + (sigma_B - low) / (high - low)).clamp(0, 999)
+        return torch.ones_like(sigma_B), -sigma_B, (1 + sigma_B**2).rsqrt(), step_B
+    data = diffusion.sigma_data
+    total_B = sigma_B**2 + data**2
+    return data**2 / total_B, sigma_B * data / total_B.sqrt(), total_B.rsqrt(), sigma_B.log() / 4
+
+
+class SDDiT(nn.Module):
+    """Encoder, decoder, and the projection head if the weights have one.
+
+    config is what sddit_jax resolved, as nested namespaces. codec says how images become what the network sees.
+    """
+
+    def __init__(self, config: SimpleNamespace) -> None:
+        super().__init__()
+        self.config, m = config, config.model
+        self.encoder = Encoder(m)
+        self.decoder = Decoder(m, config.masking.fill)
+        discrimination = config.objectives.discrimination
+        self.head = Head(m, discrimination) if discrimination.weight else None
+
+    def output(self, x_BCHW: Tensor, c_noise_B: Tensor, label_B: Tensor, visible_BV: Tensor | None = None) -> Tensor:
+        """F of c_in * x; all tokens are visible if `visible_BV` is None."""
+        return self.decoder(self.encoder(x_BCHW, c_noise_B, label_B, visible_BV), visible_BV)
+
+    def forward(self, x_BCHW: Tensor, sigma_B: Tensor, label_B: Tensor, visible_BV: Tensor | None = None) -> Tensor:
+        """D(x; sigma), the denoised image, for x = x0 + sigma * eps; float32."""
+        return self.guided(x_BCHW, sigma_B, label_B, 1.0, visible_BV=visible_BV)
+
+    def guided(
+        self,
+        x_BCHW: Tensor,
+        sigma_B: Tensor,
+        label_B: Tensor,
+        guidance: float,
+        channels: int = 0,
+        visible_BV: Tensor | None = None,
+    ) -> Tensor:
+        """D with F = F_null + guidance (F_label - F_null) on the first `channels` channels (0: on all)."""
+        skip, out, in_, c_noise = preconditioning(self.config.diffusion, sigma_B)
+        x_in = in_[:, None, None, None] * x_BCHW
+        f = self.output(x_in, c_noise, label_B, visible_BV)[:, : x_BCHW.shape[1]].to(x_BCHW.dtype)
+        if guidance != 1 and self.encoder.label is not None:
+            null_B = torch.full_like(label_B, self.encoder.label.num_classes)
+            null = self.output(x_in, c_noise, null_B, visible_BV)[:, : x_BCHW.shape[1]].to(x_BCHW.dtype)
+            guided = channels or x_BCHW.shape[1]
+            f = torch.cat([(null + guidance * (f - null))[:, :guided], f[:, guided:]], dim=1)
+        return skip[:, None, None, None] * x_BCHW + out[:, None, None, None] * f
+
+
+def load(path: str | PathLike[str], dtype: torch.dtype = torch.float32, device: str = "cpu") -> SDDiT:
+    """The network of a file that `convert to-torch` wrote, in eval mode.
+
+    dtype: of the matrix products, float32 or bfloat16. The embeddings of noise level and label stay float32.
+    Raises ValueError for a file without the configuration that `convert` writes; RuntimeError for other tensors.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt", device=device) as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if "config" not in metadata:
+        raise ValueError(f"{path} has no configuration in its metadata; write it with `python -m sddit_jax.convert`")
+    with torch.device(device):
+        network = SDDiT(json.loads(metadata["config"], object_hook=lambda section: SimpleNamespace(**section)))
+    network.load_state_dict(tensors)
+    return cast(network, dtype).eval()
+
+
+def cast(network: SDDiT, dtype: torch.dtype) -> SDDiT:
+    """The network with its matrix products in `dtype`; embeddings of noise level and label, and prototypes, stay."""
+    for module in (network.encoder.patch, network.encoder.stack, network.decoder):
+        module.to(dtype)
+    if network.head is not None:
+        for module in (network.head.mlp_0, network.head.mlp_1, network.head.mlp_2):
+            module.to(dtype)
+    return network
+
+
+def noise_levels(steps: int, sigma_min: float, sigma_max: float, rho: float) -> list[float]:
+    """EDM's noise levels (Karras et al. 2022, Eq. 5), from sigma_max to sigma_min, then 0."""
+    first, last = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return [(first + i / max(steps - 1, 1) * (last - first)) ** rho for i in range(steps)] + [0.0]
+
+
+def heun(denoise: Callable[[Tensor, float], Tensor], noise_BCHW: Tensor, sigmas: Sequence[float]) -> Tensor:
+    """EDM's deterministic second-order sampler (Karras et al. 2022, Algorithm 1) from unit normal noise."""
+    x = noise_BCHW * sigmas[0]
+    for sigma, following in itertools.pairwise(sigmas):
+        slope = (x - denoise(x, sigma)) / sigma
+        euler = x + (following - sigma) * slope
+        if following > 0:
+            slope = (slope + (euler - denoise(euler, following)) / following) / 2
+        x = x + (following - sigma) * slope
+    return x
+
+
+@torch.no_grad()
+def sample(
+    network: SDDiT,
+    labels: Sequence[int],
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+    guidance_channels: int | None = None,
+    seed: int = 0,
+    noise_BCHW: Tensor | None = None,
+) -> Tensor:
+    """Images of the given labels by EDM's Heun sampler; what is left out is the run's setting.
+
+    Of a network of pixels uint8 [B, H, W, C]; of a network of latents float32 [B, C, H, W], as the autoencoder's
+    decoder takes them. noise_BCHW: unit normal, instead of the seed's.
+    """
+    c, m = network.config, network.config.model
+    settings = c.sampling
+    steps = settings.steps if steps is None else steps
+    guidance = settings.guidance if guidance is None else guidance
+    guidance_channels = settings.guidance_channels if guidance_channels is None else guidance_channels
+    device = network.encoder.time.out.weight.device
+    label_B = torch.as_tensor(labels, device=device)
+    if noise_BCHW is None:
+        shape = (len(label_B), m.channels, m.image_size, m.image_size)
+        noise_BCHW = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+    def denoise(x_BCHW: Tensor, sigma: float) -> Tensor:
+        sigma_B = torch.full((len(x_BCHW),), sigma, device=device, dtype=x_BCHW.dtype)
+        return network.guided(x_BCHW, sigma_B, label_B, guidance, guidance_channels)
+
+    lowest, highest = sigma_range(c.diffusion)
+    z = heun(denoise, noise_BCHW.to(device), noise_levels(steps, lowest, highest, settings.rho))
+    mean, scale = (z.new_tensor(v)[None, :, None, None] for v in (c.codec.mean, c.codec.scale))
+    x = z / scale + mean
+    if c.codec.name != "pixels":
+        return x
+    return (127.5 * x + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def sigma_range(diffusion: SimpleNamespace) -> tuple[float, float]:
+    """The lowest and the highest noise level of a diffusion."""
+    if diffusion.name == "ddpm":
+        alpha_bar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)[[0, -1]]
+        return tuple(((1 - alpha_bar) / alpha_bar).sqrt().tolist())
+    return diffusion.sigma_min, diffusion.sigma_max
+
+
+@dataclasses.dataclass
+class Teacher:
+    """The EMA encoder and head, and for "patch" and "cls" the centers [M, K] and the temperature of the softmax.
+
+    M is 1, or one row for each position (patch) and for each label, the null label too (cls).
+    """
+
+    encoder: Encoder
+    head: Head
+    center: dict[str, Tensor]
+    temperature: dict[str, float]
+
+
+def denoising_error(denoised_BCHW: Tensor, x0_BCHW: Tensor, weight_B: Tensor) -> Tensor:
+    """EDM's weighted squared error per pixel and channel (Karras et al. 2022, Eq. 2)."""
+    return weight_B[:, None, None, None] * (denoised_BCHW - x0_BCHW) ** 2
+
+
+def visible_mean(error_BCHW: Tensor, patch: int, visible_BV: Tensor) -> Tensor:
+    """The mean over the visible patches (MaskDiT), then over images."""
+    return F.avg_pool2d(error_BCHW.mean(1), patch).flatten(1).gather(1, visible_BV).mean()
+
+
+def reconstruction_loss(denoised_BCHW: Tensor, noised_BCHW: Tensor, patch: int, visible_BV: Tensor) -> Tensor:
+    """MaskDiT's auxiliary loss: D at invisible patches against the noisy input, normalised per patch."""
+    prediction, target = (F.unfold(x, patch, stride=patch).transpose(1, 2) for x in (denoised_BCHW, noised_BCHW))
+    target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True, unbiased=True) + 1e-6).sqrt()
+    hidden_BN = torch.ones(target.shape[:2], dtype=torch.bool, device=target.device).scatter(1, visible_BV, False)
+    return ((prediction - target) ** 2).mean(-1)[hidden_BN].mean()
+
+
+def prototype_cross_entropy(
+    student_BVK: Tensor, teacher_BVK: Tensor, center: Tensor, student_temperature: float, teacher_temperature: float
+) -> Tensor:
+    """Mean of -sum_k P_T log P_S with P_T = softmax((teacher - center) / t), P_S = softmax(student / t) (iBOT)."""
+    p_BVK = ((teacher_BVK - center) / teacher_temperature).softmax(-1).detach()
+    return -(p_BVK * (student_BVK / student_temperature).log_softmax(-1)).sum(-1).mean()
+
+
+def discrimination_losses(
+    network: SDDiT, teacher: Teacher, encoded: Encoded, x0: Tensor, eps: Tensor, label_B: Tensor, visible: Tensor | None
+) -> dict[str, Tensor]:
+    """SD-DiT's objective: the student's visible tokens and [CLS] predict the teacher's assignments, by kind."""
+    c = network.config
+    lowest, _ = sigma_range(c.diffusion)
+    sigma_B = x0.new_full((len(x0),), lowest)
+    _, _, in_, c_noise = preconditioning(c.diffusion, sigma_B)
+    with torch.no_grad():
+        whole = teacher.encoder(in_[:, None, None, None] * (x0 + lowest * eps), c_noise, label_B)
+    tokens = whole.tokens_BVD if visible is None else select(whole.tokens_BVD, visible)
+    pairs = {"patch": (encoded.tokens_BVD, tokens)}
+    if encoded.cls_BD is not None:
+        pairs["cls"] = (encoded.cls_BD[:, None], whole.cls_BD[:, None])
+    losses = {}
+    for kind, (student_BVD, teacher_BVD) in pairs.items():
+        center_MK = teacher.center[kind]
+        if len(center_MK) > 1 and kind == "cls":
+            center = center_MK[label_B][:, None]
+        elif len(center_MK) > 1 and visible is not None:
+            center = center_MK[visible]
+        else:
+            center = center_MK
+        with torch.no_grad():
+            vectors, prototypes = teacher.head(teacher_BVD)
+            teacher_BVK = vectors @ prototypes.T
+        vectors, prototypes = network.head(student_BVD)
+        losses[f"discrimination/{kind}"] = prototype_cross_entropy(
+            vectors @ prototypes.T, teacher_BVK, center, c.objectives.discrimination.student_temperature,
+            teacher.temperature[kind],
+        )  # fmt: skip
+    return losses
+
+
+def training_losses(
+    network: SDDiT,
+    x0_BCHW: Tensor,
+    eps_BCHW: Tensor,
+    sigma_B: Tensor,
+    label_B: Tensor,
+    visible_BV: Tensor | None = None,
+    teacher: Teacher | None = None,
+) -> dict[str, Tensor]:
+    """The unweighted losses of the configured method by name, and "total", their weighted sum.
+
+    label_B: after label dropout. visible_BV: int64 positions, each image's in any order; None if the mask ratio is 0.
+    """
+    c, o = network.config, network.config.objectives
+    noised = x0_BCHW + sigma_B[:, None, None, None] * eps_BCHW
+    skip, out, in_, c_noise = preconditioning(c.diffusion, sigma_B)
+    encoded = network.encoder(in_[:, None, None, None] * noised, c_noise, label_B, visible_BV)
+    f = network.decoder(encoded, visible_BV)[:, : x0_BCHW.shape[1]].to(noised.dtype)
+    denoised = skip[:, None, None, None] * noised + out[:, None, None, None] * f
+    losses, total = {}, 0
+    if o.denoising.weight:
+        error = denoising_error(denoised, x0_BCHW, 1 / out**2)
+        visible_only = o.denoising.scope == "visible" and visible_BV is not None
+        losses["denoising"] = visible_mean(error, c.model.patch, visible_BV) if visible_only else error.mean()
+        total = total + o.denoising.weight * losses["denoising"]
+    if o.discrimination.weight:
+        kinds = discrimination_losses(network, teacher, encoded, x0_BCHW, eps_BCHW, label_B, visible_BV)
+        losses |= kinds
+        total = total + o.discrimination.weight * sum(kinds.values())
+    if o.reconstruction.weight:
+        losses["reconstruction"] = reconstruction_loss(denoised, noised, c.model.patch, visible_BV)
+        total = total + o.reconstruction.weight * losses["reconstruction"]
+    return losses | {"total": total}
+
+
+def _index(positions_BV: Tensor, like_BND: Tensor) -> Tensor:
+    return positions_BV[:, :, None].expand(-1, -1, like_BND.shape[2])
