@@ -1,0 +1,168 @@
+"""Named tensors of files that are not trusted, and trees of parameters filled from them.
+
+A safetensors file holds nothing but tensors. A PyTorch file is a pickle, so it is read with torch's restricted
+unpickler, which makes tensors and plain containers and refuses all else.
+"""
+
+import dataclasses
+import hashlib
+import os
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.traverse_util
+import numpy as np
+
+from sddit_jax.errors import WeightsError
+
+SAFETENSORS_SUFFIX = ".safetensors"
+TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
+SUFFIXES = (SAFETENSORS_SUFFIX, *TORCH_SUFFIXES)
+# What can be widened to float32 without loss, by the names of safetensors and of torch.
+FLOATS = ("F32", "F16", "BF16", "float32", "float16", "bfloat16")
+# The order of our axes in PyTorch, by their number.
+_TO_TORCH = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}
+# torch has no error of its own for a file that is not one of its: these are what its reader and its unpickler raise.
+_TORCH_ERRORS = (
+    pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
+    AssertionError, struct.error, zipfile.BadZipFile, OSError,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor of a file: its shape and type are known before `read` takes its values from the disk."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+
+def open_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a .safetensors, .pth, .pt, .ckpt or .bin file by name; of its "state_dict" if it has one.
+
+    Raises:
+      WeightsError: not such a file, damaged, unreadable, holding what is no tensor, or its library is not installed.
+    """
+    path = Path(path)
+    if path.suffix == SAFETENSORS_SUFFIX:
+        return _open_safetensors(path)
+    if path.suffix in TORCH_SUFFIXES:
+        return _open_torch(path)
+    raise WeightsError(f"{path}: the name of a file of weights should end in one of {', '.join(SUFFIXES)}")
+
+
+def _open_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        import safetensors
+    except ImportError as error:
+        raise WeightsError(f"reading {path} needs safetensors: pip install -e '.[torch]'") from error
+    try:
+        file = safetensors.safe_open(path, "numpy")
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} is not an intact safetensors file: {error}") from error
+
+    def tensor(name: str, part: Any) -> Tensor:
+        return Tensor(tuple(part.get_shape()), part.get_dtype(), lambda: file.get_tensor(name).astype(np.float32))
+
+    return {name: tensor(name, part) for name, part in parts.items()}
+
+
+def _open_torch(path: Path) -> dict[str, Tensor]:
+    try:
+        import torch
+    except ImportError as error:
+        raise WeightsError(f"reading {path} needs PyTorch: pip install -e '.[torch]'") from error
+    try:
+        # Only the zip format can be mapped; before PyTorch 1.6 a file was a plain pickle.
+        mapped = zipfile.is_zipfile(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except _TORCH_ERRORS as error:
+        raise WeightsError(f"{path} is not an intact PyTorch file of tensors: {_reason(error)}") from error
+    if isinstance(content, Mapping) and "state_dict" in content:
+        content = content["state_dict"]
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"{path} holds a {type(content).__name__}; it should hold tensors by name")
+
+    def tensor(name: Any, value: Any) -> Tensor:
+        dense = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+        if not isinstance(name, str) or not dense:
+            raise WeightsError(f"{path}: {name!r} is a {type(value).__name__}; it should be a dense tensor")
+        return Tensor(
+            tuple(value.shape), str(value.dtype).removeprefix("torch."), lambda: value.detach().float().numpy()
+        )
+
+    return {name: tensor(name, value) for name, value in content.items()}
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a PyTorch file, without torch's advice to load it all the same."""
+    text = str(error)
+    _, refused, what = text.partition("WeightsUnpickler error:")
+    lines = (what if refused else text).strip().partition(" Please ")[0].splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no more is known'}"
+
+
+def fill(
+    shapes: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    name_of: Callable[[str], str],
+    where: str | os.PathLike[str],
+) -> dict[str, Any]:
+    """The tree of `shapes` with values from PyTorch's tensors: float32 NumPy arrays in their own memory.
+
+    shapes: nested dict of what has a shape. name_of: 'encoder/conv_in/kernel' -> the tensor's name. A kernel of two
+    axes is [in, out] here and [out, in] or, as a 1x1 convolution, [out, in, 1, 1] there; one of four is
+    [row, column, in, out] here and [out, in, row, column] there.
+
+    Raises:
+      WeightsError: names every tensor that is missing, surplus, or of another shape or type, or not finite.
+    """
+    leaves = flax.traverse_util.flatten_dict(shapes, sep="/")
+    names = {path: name_of(path) for path in leaves}
+    faults = [f"{name} is missing" for name in names.values() if name not in tensors]
+    faults += [f"{name} is surplus" for name in tensors if name not in set(names.values())]
+    for path, leaf in leaves.items():
+        name = names[path]
+        if name not in tensors:
+            continue
+        shape = tensors[name].shape
+        wanted = tuple(leaf.shape[axis] for axis in _TO_TORCH[leaf.ndim])
+        if shape != wanted and not (leaf.ndim == 2 and shape == (*wanted, 1, 1)):
+            faults.append(f"{name} has the shape {list(shape)} instead of {list(wanted)}")
+        if tensors[name].dtype not in FLOATS:
+            faults.append(f"{name} is {tensors[name].dtype} instead of float32, float16 or bfloat16")
+    if faults:
+        raise WeightsError(f"{where} does not fit: {'; '.join(faults)}")
+
+    def values(path: str) -> np.ndarray:
+        shape = leaves[path].shape
+        order = _TO_TORCH[len(shape)]
+        value = tensors[names[path]].read().reshape([shape[axis] for axis in order])
+        if not np.isfinite(value).all():
+            faults.append(f"{names[path]} has values that are not finite")
+        return np.array(value.transpose(np.argsort(order)), order="C")
+
+    filled = {path: values(path) for path in leaves}
+    if faults:
+        raise WeightsError(f"{where} is damaged: {'; '.join(faults)}")
+    return flax.traverse_util.unflatten_dict(filled, sep="/")
+
+
+def weights_hash(params: Mapping[str, Any]) -> str:
+    """SHA-256 over names, types, shapes and bytes of a nested dict of arrays, in order of names: 16 hex characters.
+
+    Whatever file the same values come from, their hash is the same.
+    """
+    leaves = flax.traverse_util.flatten_dict(params, sep="/")
+    total = hashlib.sha256()
+    for path in sorted(leaves):
+        value = np.asarray(leaves[path])
+        total.update(f"{path} {value.dtype} {value.shape}\n".encode())
+        total.update(value.reshape(-1).view(np.uint8))
+    return total.hexdigest()[:16]
