@@ -30,13 +30,13 @@ from sddit_jax import cli, sharding
 from sddit_jax import config as config_lib
 from sddit_jax.checkpoint import Checkpointer
 from sddit_jax.errors import CheckpointError, UserError, WeightsError
-from sddit_jax.interop.layouts import DIT, MASKDIT, OWN, Layout, fit, shared_prefix
+from sddit_jax.interop.layouts import DIT, MASKDIT, OWN, Layout, fit, shapes
 from sddit_jax.interop.state_dict import from_state_dict, places, to_state_dict
 from sddit_jax.models.transformer import Network
 from sddit_jax.reporting import write_config
 from sddit_jax.schema import Config, Parallel
 from sddit_jax.state import Parts, make_parts
-from sddit_jax.weights.files import read_safetensors, read_torch, require
+from sddit_jax.weights.files import import_torch, open_checkpoint
 
 log = logging.getLogger("sddit_jax")
 
@@ -85,10 +85,10 @@ def export(layout: Layout, workdir: Path, output: Path, weights: str | None, ste
     config, trees, meta = _read_run(workdir, weights, step)
     if layout is DIT and config.model.num_classes and config.model.null_label == "zero":
         config, trees = _with_null_row(config, trees)
-    if layout is not OWN and config.diffusion.name != layout.diffusion:
-        log.warning("the network was trained under %s, but %s samples under %s", config.diffusion.name, *layout[:2])
     network = Network(config)
     entries = layout.entries(network)
+    if layout is not OWN and config.diffusion.name != layout.diffusion:
+        log.warning("the network was trained under %s, but %s samples under %s", config.diffusion.name, *layout[:2])
     files = {}
     for name, tree in trees.items():
         arrays = to_state_dict(tree, network)
@@ -114,20 +114,12 @@ def import_(layout: Layout, file: Path, workdir: Path, config: Any = None, parti
     """
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise CheckpointError(f"--workdir={workdir} is not empty; weights are imported into a new folder")
-    if layout is OWN:
-        tensors, metadata = read_safetensors(file)
-        groups = {"": tensors}
-        if config is None and "config" not in metadata:
-            raise WeightsError(f"{file} has no configuration in its metadata; --config must say which network this is")
-        config = json.loads(metadata["config"]) if config is None else config
-    else:
-        groups, skipped = read_torch(file)
-        found = ", ".join(f"{name or 'weights'} ({len(tensors)} tensors)" for name, tensors in groups.items())
-        log.info("%s has %s%s", file, found, f"; passed over: {', '.join(skipped)}" if skipped else "")
+    groups, skipped, metadata = open_checkpoint(file)
+    found = ", ".join(f"{name or 'weights'} ({len(tensors)} tensors)" for name, tensors in groups.items())
+    log.info("%s has %s%s", file, found, f"; passed over: {', '.join(skipped)}" if skipped else "")
     params, ema = (_choose(file, groups, order) for order in (("model", "ema"), ("ema", "model")))
     if config is None:
-        prefix = shared_prefix(ema)
-        config = layout.infer({name.removeprefix(prefix): tuple(tensor.shape) for name, tensor in ema.items()})
+        config = _own_config(file, metadata) if layout is OWN else layout.infer(shapes(ema))
     config = config_lib.resolve(config)
     network = Network(config)
     entries = layout.entries(network)
@@ -144,6 +136,15 @@ def import_(layout: Layout, file: Path, workdir: Path, config: Any = None, parti
     source = {"file": file.name, "sha256": _sha256(file), "layout": layout.name}
     _write_run(workdir, config, tree("params", params), None if ema is params else tree("ema", ema), source)
     log.info("%s is in %s, as a run at step 0", file.name, workdir)
+
+
+def _own_config(file: Path, metadata: Mapping[str, str]) -> Any:
+    if "config" not in metadata:
+        raise WeightsError(f"{file} has no configuration in its metadata; --config must say which network this is")
+    try:
+        return json.loads(metadata["config"])
+    except ValueError as error:
+        raise WeightsError(f"{file}: the configuration in its metadata is no JSON: {error}") from error
 
 
 def _choose(file: Path, groups: Mapping[str, Any], order: tuple[str, ...]) -> Mapping[str, Any]:
@@ -211,7 +212,7 @@ def _save_safetensors(path: Path, arrays: dict[str, np.ndarray], meta: Mapping[s
 
 
 def _save_torch(path: Path, files: Mapping[str, Mapping[str, np.ndarray]], prefix: str) -> None:
-    torch = require("torch", "torch")
+    torch = import_torch()
     content = {
         name: {prefix + key: torch.from_numpy(np.require(array, requirements="W")) for key, array in arrays.items()}
         for name, arrays in files.items()

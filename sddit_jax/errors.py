@@ -19,12 +19,12 @@ class DataError(UserError):
     """A dataset that cannot be read."""
 
 
-class CheckpointError(UserError):
-    """A working directory that cannot be continued from or written to."""
-
-
 class WeightsError(UserError):
     """A file of weights that cannot be loaded."""
+
+
+class CheckpointError(UserError):
+    """A working directory that cannot be continued from or written to."""
 
 
 class Diverged(CommandError):

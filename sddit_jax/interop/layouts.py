@@ -17,7 +17,7 @@ from sddit_jax.interop.state_dict import places
 from sddit_jax.models.layers import positions_2d
 from sddit_jax.models.sizes import SIZES
 from sddit_jax.models.transformer import Network
-from sddit_jax.weights.files import read_array
+from sddit_jax.weights.files import FLOATS, Tensor
 
 # The decoder of MaskDiT's code, the same for every size: depth, width -> heads.
 MASKDIT_DECODERS = {(8, 512): 16}
@@ -146,6 +146,12 @@ MASKDIT = Layout("MaskDiT", "edm", _maskdit_entries, _infer_maskdit, prefix="mod
 DIT = Layout("DiT", "ddpm", _dit_entries, _infer_dit)
 
 
+def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a file's tensors, without the prefix of their names."""
+    prefix = shared_prefix(tensors)
+    return {name.removeprefix(prefix): tensor.shape for name, tensor in tensors.items()}
+
+
 def shared_prefix(names: Iterable[str]) -> str:
     """What all names start with and says nothing: prefixes of torch's wrappers, and MaskDiT's `model.`."""
     names, found = list(names), ""
@@ -154,11 +160,10 @@ def shared_prefix(names: Iterable[str]) -> str:
     return found
 
 
-def fit(entries: Entries, tensors: Mapping[str, Any], *, partial: bool) -> tuple[dict[str, np.ndarray], list[str]]:
+def fit(entries: Entries, tensors: Mapping[str, Tensor], *, partial: bool) -> tuple[dict[str, np.ndarray], list[str]]:
     """The tensors of a file as arrays of our state_dict, float32, and a line for each that does not fit.
 
-    tensors: of torch or numpy. Raises WeightsError with all the lines if there are any, unless `partial`: then what
-    does not fit is left out.
+    Raises WeightsError with all the lines if there are any, unless `partial`: then what does not fit is left out.
     """
     prefix = shared_prefix(tensors)
     found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
@@ -168,15 +173,24 @@ def fit(entries: Entries, tensors: Mapping[str, Any], *, partial: bool) -> tuple
     for name, entry in entries.items():
         if name not in found:
             continue
-        if tuple(found[name].shape) != entry.shape:
-            shapes = f"{list(found[name].shape)}, but should be {list(entry.shape)}"
-            faults.append(f"of another shape: {prefix}{name} is {shapes}")
+        tensor = found[name]
+        if tensor.shape != entry.shape:
+            faults.append(
+                f"of another shape: {prefix}{name} is {list(tensor.shape)}, but should be {list(entry.shape)}"
+            )
             continue
-        array = read_array(prefix + name, found[name])
-        if entry.ours is not None:
+        if tensor.dtype not in FLOATS:
+            faults.append(
+                f"of another type: {prefix}{name} is {tensor.dtype}, but should be one of {', '.join(FLOATS)}"
+            )
+            continue
+        array = tensor.read()
+        if not np.isfinite(array).all():
+            faults.append(f"not finite: {prefix}{name}, {int((~np.isfinite(array)).sum())} of its values")
+        elif entry.ours is not None:
             arrays[entry.ours] = entry.from_file(array)
         elif (off := float(np.abs(array - entry.value).max())) > POSITION_TOLERANCE:
-            faults.append(f"of other values: {prefix}{name} is off the fixed sine-cosine positions by up to {off:.2g}")
+            faults.append(f"of other values: {prefix}{name} is up to {off:.2g} off the fixed sine-cosine positions")
     if faults and not partial:
         raise WeightsError("the file does not fit this network:\n  " + "\n  ".join(faults))
     return arrays, faults

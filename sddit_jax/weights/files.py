@@ -1,130 +1,219 @@
-"""Files of tensors as numpy arrays. Nothing in them is executed, and none is believed."""
+"""Named tensors of files that are not trusted, and trees of parameters filled from them.
 
-import importlib
+A safetensors file holds nothing but tensors and strings. A PyTorch file is a pickle, so it is read with torch's
+restricted unpickler, which makes tensors and plain containers and refuses all else. Training codes save the arguments
+of their command line beside the weights, as an argparse.Namespace: an object that does nothing takes its place.
+"""
+
+import dataclasses
+import hashlib
+import os
 import pickle
+import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import flax.traverse_util
 import numpy as np
+import safetensors
 
 from sddit_jax.errors import UserError, WeightsError
 
-FLOATS = ("float16", "bfloat16", "float32", "float64")
+SAFETENSORS_SUFFIX = ".safetensors"
+TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
+SUFFIXES = (SAFETENSORS_SUFFIX, *TORCH_SUFFIXES)
+# What can be widened to float32 without loss, by the names of safetensors and of torch.
+FLOATS = ("F32", "F16", "BF16", "float32", "float16", "bfloat16")
+NAMESPACE = "argparse.Namespace"
+# The order of our axes in PyTorch, by their number.
+_TO_TORCH = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}
+# torch has no error of its own for a file that is not one of its: these are what its reader and its unpickler raise.
+_TORCH_ERRORS = (
+    pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
+    AssertionError, struct.error, zipfile.BadZipFile, OSError,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor of a file: its shape and type are known before `read` takes its values from the disk."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+
+class Checkpoint(NamedTuple):
+    """What a file holds: groups of tensors by name ("" if it is one group), a line for all else, and its metadata."""
+
+    groups: dict[str, dict[str, Tensor]]
+    skipped: list[str]
+    metadata: dict[str, str]
 
 
 class _Skipped:
-    """Stands for an object of the file that is passed over: keeps nothing and does nothing."""
+    """Stands for an object of a file that is passed over."""
 
-    def __init__(self, *args: Any) -> None:
-        del args
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        del args, kwargs
 
     def __setstate__(self, state: Any) -> None:
         del state
 
 
-# Training codes save their command line's arguments beside the weights. In the file they are a name that unpickling
-# would import and call; `_Skipped` is put in its place. Any other name is refused.
-SKIPPED = ("argparse.Namespace",)
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """A .safetensors, .pth, .pt, .ckpt or .bin file: tensors by name, or, of PyTorch, a dict of such dicts.
 
-
-class Checkpoint(NamedTuple):
-    """Named groups of tensors ("" for a file that is one group), and a line for each other entry of the file."""
-
-    groups: dict[str, Mapping[str, Any]]
-    skipped: list[str]
-
-
-def require(module: str, extra: str) -> ModuleType:
-    """The module of an optional dependency. Raises UserError that says which extra installs it."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise UserError(f"{module} is needed for this: pip install 'sddit-jax[{extra}]'") from error
-
-
-def read_torch(path: Path) -> Checkpoint:
-    """A file of torch.save: a state_dict, or a dict of state_dicts and other things, which are named and passed over.
-
-    The tensors stay torch's, mapped from the file where its format allows, until `read_array` reads them.
-    Raises WeightsError: not there, damaged, or with an object that would have to be executed.
+    Raises:
+      WeightsError: not such a file, damaged, unreadable, without tensors, or its library is not installed.
     """
-    torch = require("torch", "torch")
-    _check_file(path)
-    skip = [(_Skipped, name) for name in SKIPPED]
-    try:
-        with torch.serialization.safe_globals(skip):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise WeightsError(f"{path} is refused: {_refusal(torch, path, error)}") from error
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        # What the readers of zip files and pickles raise for a damaged one.
-        raise WeightsError(f"{path} is not a whole file of torch.save: {_first_line(error)}") from error
-    if not isinstance(content, Mapping):
-        raise WeightsError(f"{path} has a {type(content).__name__}, not a dict of tensors")
-    if content and all(isinstance(value, torch.Tensor) for value in content.values()):
-        return Checkpoint({"": content}, [])
+    path = Path(path)
+    if path.is_dir():
+        raise WeightsError(f"{path} is a folder; a file of weights is needed")
+    if path.suffix == SAFETENSORS_SUFFIX:
+        return _open_safetensors(path)
+    if path.suffix not in TORCH_SUFFIXES:
+        raise WeightsError(f"{path}: the name of a file of weights should end in one of {', '.join(SUFFIXES)}")
+    torch, content = _load_torch(path)
+    if any(isinstance(value, torch.Tensor) for value in content.values()):
+        return Checkpoint({"": _torch_tensors(path, content)}, [], {})
     groups, skipped = {}, []
     for key, value in content.items():
-        tensors = isinstance(value, Mapping) and value and all(isinstance(t, torch.Tensor) for t in value.values())
-        if tensors:
-            groups[str(key)] = value
+        if isinstance(value, Mapping) and any(isinstance(item, torch.Tensor) for item in value.values()):
+            groups[str(key)] = _torch_tensors(path, value)
         else:
-            kind = f"{SKIPPED[0]}, not executed" if isinstance(value, _Skipped) else type(value).__name__
+            kind = f"{NAMESPACE}, not executed" if isinstance(value, _Skipped) else type(value).__name__
             skipped.append(f"{key} ({kind})")
     if not groups:
-        raise WeightsError(f"{path} has no tensors by name, only {', '.join(skipped) or 'nothing'}")
-    return Checkpoint(groups, skipped)
+        raise WeightsError(f"{path} has no tensors by name, only {', '.join(skipped) or 'an empty dict'}")
+    return Checkpoint(groups, skipped, {})
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The arrays of a safetensors file, and its metadata. Raises WeightsError: not there or damaged."""
-    import safetensors
-    from safetensors import numpy as safetensors_numpy
+def open_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a file that is one group, or of its group "state_dict". Raises WeightsError: `open_checkpoint`."""
+    groups = open_checkpoint(path).groups
+    for name in ("state_dict", ""):
+        if name in groups:
+            return groups[name]
+    raise WeightsError(f"{path} has its tensors under {', '.join(groups)}; they should be under state_dict, or alone")
 
-    _check_file(path)
+
+def _open_safetensors(path: Path) -> Checkpoint:
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-        return safetensors_numpy.load_file(path), metadata
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise WeightsError(f"{path} is not a whole safetensors file: {_first_line(error)}") from error
+        file = safetensors.safe_open(path, "numpy")
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} is not an intact safetensors file: {error}") from error
+
+    def tensor(name: str, part: Any) -> Tensor:
+        return Tensor(tuple(part.get_shape()), part.get_dtype(), lambda: file.get_tensor(name).astype(np.float32))
+
+    return Checkpoint({"": {name: tensor(name, part) for name, part in parts.items()}}, [], file.metadata() or {})
 
 
-def read_array(name: str, tensor: Any) -> np.ndarray:
-    """A tensor of either kind of file as float32; float16 and bfloat16 are widened without loss.
+def import_torch() -> ModuleType:
+    """PyTorch. Raises UserError if it is not installed."""
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError("PyTorch is needed for this: pip install -e '.[torch]'") from error
+    return torch
 
-    Raises WeightsError for numbers that are no floats, and for NaN and infinities.
+
+def _load_torch(path: Path) -> tuple[ModuleType, Mapping]:
+    torch = import_torch()
+    try:
+        # Only the zip format can be mapped; before PyTorch 1.6 a file was a plain pickle.
+        mapped = zipfile.is_zipfile(path)
+        with torch.serialization.safe_globals([(_Skipped, NAMESPACE)]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except _TORCH_ERRORS as error:
+        raise WeightsError(f"{path} is not an intact PyTorch file of tensors: {_reason(error)}") from error
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"{path} holds a {type(content).__name__}; it should hold tensors by name")
+    return torch, content
+
+
+def _torch_tensors(path: Path, content: Mapping) -> dict[str, Tensor]:
+    torch = import_torch()
+
+    def tensor(name: Any, value: Any) -> Tensor:
+        dense = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+        if not isinstance(name, str) or not dense:
+            raise WeightsError(f"{path}: {name!r} is a {type(value).__name__}; it should be a dense tensor")
+        return Tensor(
+            tuple(value.shape), str(value.dtype).removeprefix("torch."), lambda: value.detach().float().numpy()
+        )
+
+    return {name: tensor(name, value) for name, value in content.items()}
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a PyTorch file, without torch's advice to load it all the same."""
+    text = str(error)
+    _, refused, what = text.partition("WeightsUnpickler error:")
+    lines = (what if refused else text).strip().partition(" Please ")[0].splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no more is known'}"
+
+
+def fill(
+    shapes: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    name_of: Callable[[str], str],
+    where: str | os.PathLike[str],
+) -> dict[str, Any]:
+    """The tree of `shapes` with values from PyTorch's tensors: float32 NumPy arrays in their own memory.
+
+    shapes: nested dict of what has a shape. name_of: 'encoder/conv_in/kernel' -> the tensor's name. A kernel of two
+    axes is [in, out] here and [out, in] or, as a 1x1 convolution, [out, in, 1, 1] there; one of four is
+    [row, column, in, out] here and [out, in, row, column] there.
+
+    Raises:
+      WeightsError: names every tensor that is missing, surplus, or of another shape or type, or not finite.
     """
-    kind = str(tensor.dtype).removeprefix("torch.")
-    if kind not in FLOATS:
-        raise WeightsError(f"{name} is of dtype {kind}, but weights are of {', '.join(FLOATS)}")
-    values = tensor.astype(np.float32) if isinstance(tensor, np.ndarray) else tensor.detach().float().numpy()
-    if not np.isfinite(values).all():
-        raise WeightsError(f"{name} has {int((~np.isfinite(values)).sum())} values that are not finite")
-    return values
+    leaves = flax.traverse_util.flatten_dict(shapes, sep="/")
+    names = {path: name_of(path) for path in leaves}
+    faults = [f"{name} is missing" for name in names.values() if name not in tensors]
+    faults += [f"{name} is surplus" for name in tensors if name not in set(names.values())]
+    for path, leaf in leaves.items():
+        name = names[path]
+        if name not in tensors:
+            continue
+        shape = tensors[name].shape
+        wanted = tuple(leaf.shape[axis] for axis in _TO_TORCH[leaf.ndim])
+        if shape != wanted and not (leaf.ndim == 2 and shape == (*wanted, 1, 1)):
+            faults.append(f"{name} has the shape {list(shape)} instead of {list(wanted)}")
+        if tensors[name].dtype not in FLOATS:
+            faults.append(f"{name} is {tensors[name].dtype} instead of float32, float16 or bfloat16")
+    if faults:
+        raise WeightsError(f"{where} does not fit: {'; '.join(faults)}")
+
+    def values(path: str) -> np.ndarray:
+        shape = leaves[path].shape
+        order = _TO_TORCH[len(shape)]
+        value = tensors[names[path]].read().reshape([shape[axis] for axis in order])
+        if not np.isfinite(value).all():
+            faults.append(f"{names[path]} has values that are not finite")
+        return np.array(value.transpose(np.argsort(order)), order="C")
+
+    filled = {path: values(path) for path in leaves}
+    if faults:
+        raise WeightsError(f"{where} is damaged: {'; '.join(faults)}")
+    return flax.traverse_util.unflatten_dict(filled, sep="/")
 
 
-def _check_file(path: Path) -> None:
-    if not path.is_file():
-        raise WeightsError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; a file of weights is needed")
-    if not path.stat().st_size:
-        raise WeightsError(f"{path} is empty")
+def weights_hash(params: Mapping[str, Any]) -> str:
+    """SHA-256 over names, types, shapes and bytes of a nested dict of arrays, in order of names: 16 hex characters.
 
-
-def _refusal(torch: ModuleType, path: Path, error: Exception) -> str:
-    """What a pickle would have to execute, by name."""
-    if zipfile.is_zipfile(path):
-        names = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - set(SKIPPED)
-        if names:
-            return (
-                f"loading it would execute {', '.join(sorted(names))}; nothing was. Where you trust the file, load it "
-                "in PyTorch and save its tensors alone"
-            )
-    return _first_line(error)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    Whatever file the same values come from, their hash is the same.
+    """
+    leaves = flax.traverse_util.flatten_dict(params, sep="/")
+    total = hashlib.sha256()
+    for path in sorted(leaves):
+        value = np.asarray(leaves[path])
+        total.update(f"{path} {value.dtype} {value.shape}\n".encode())
+        total.update(value.reshape(-1).view(np.uint8))
+    return total.hexdigest()[:16]
