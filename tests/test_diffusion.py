@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sddit_jax.diffusion import EDM
+from sddit_jax import schema
+from sddit_jax.diffusion import DDPM, EDM, make_diffusion
 from sddit_jax.losses import denoising_error
 
 ONE = jnp.ones((1, 1, 1, 1))
@@ -90,3 +93,76 @@ def test_two_points_of_one_trajectory(sigma_a, sigma_b):
     # The line through both has slope eps and meets sigma = 0 in the clean image.
     np.testing.assert_allclose(a - b, (sigma_a - sigma_b) * eps, atol=4e-5)
     np.testing.assert_allclose(a - sigma_a * eps, x0, atol=4e-5)
+
+
+class TestDDPM:
+    # Numbers of a few bits, so that float32 computes the products and sums of the tests without rounding.
+    EXACT_SIGMAS = jnp.array([2.0**k for k in range(-6, 8)])
+
+    @staticmethod
+    def exact_images(seed):
+        return jax.random.randint(jax.random.key(seed), (14, 2, 2, 3), -16, 17) / 8
+
+    def test_noise_levels_are_those_of_linear_betas(self):
+        logs = [math.log1p(-(1e-4 + (0.02 - 1e-4) * t / 999)) for t in range(1000)]
+        expected = [math.expm1(-math.fsum(logs[: t + 1])) ** 0.5 for t in range(1000)]
+        sigmas = DDPM().sigmas
+        assert sigmas.dtype == np.float32
+        np.testing.assert_allclose(sigmas, expected, rtol=1e-7)
+        np.testing.assert_allclose(1 / (1 + np.float64(sigmas[[0, -1]]) ** 2), [0.9999, 4.0358e-5], rtol=1e-5)
+        assert (DDPM().sigma_min, DDPM().sigma_max) == (sigmas[0], sigmas[-1])
+
+    @pytest.mark.parametrize("transform", [jax.jit, lambda f: f])
+    def test_a_level_of_the_table_is_its_step(self, transform):
+        c_noise = transform(lambda sigma_B: DDPM().preconditioning(sigma_B).noise)(jnp.asarray(DDPM().sigmas))
+        assert c_noise.dtype == jnp.float32
+        np.testing.assert_array_equal(c_noise, np.arange(1000))
+
+    def test_other_levels_are_between_two_steps(self):
+        sigmas, parts = np.float64(DDPM().sigmas), np.linspace(0, 1, 9)[1:-1]
+        between = sigmas[:-1, None] + np.diff(sigmas)[:, None] * parts
+        t = np.asarray(DDPM().preconditioning(jnp.asarray(between.ravel(), jnp.float32)).noise)
+        assert (np.diff(t) > 0).all()
+        np.testing.assert_array_equal(np.floor(t), np.repeat(np.arange(999), 7))
+        np.testing.assert_allclose(t, (np.arange(999)[:, None] + parts).ravel(), atol=5e-4)
+        outside = DDPM().preconditioning(jnp.array([0.001, 1000.0])).noise
+        np.testing.assert_array_equal(outside, [0, 999])
+
+    def test_the_network_sees_the_variance_preserving_image(self):
+        sigmas = DDPM().sigmas
+        x0, eps = (jax.random.normal(jax.random.key(k), (1000, 2, 2, 3)) for k in (0, 1))
+        seen, _ = DDPM().network_input(DDPM().noised(x0, eps, jnp.asarray(sigmas)), jnp.asarray(sigmas))
+        alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[:, None, None, None]
+        expected = alpha_bar**0.5 * np.float64(x0) + (1 - alpha_bar) ** 0.5 * np.float64(eps)
+        np.testing.assert_allclose(seen, expected, atol=1e-6)
+
+    def test_the_network_predicts_the_noise(self):
+        x0, eps = self.exact_images(0), self.exact_images(1)
+        x = DDPM().noised(x0, eps, self.EXACT_SIGMAS)
+        np.testing.assert_array_equal(DDPM().denoise(lambda x, t: eps, x, self.EXACT_SIGMAS), x0)
+        with_variance = jnp.concatenate([eps, eps + 7], axis=-1)
+        np.testing.assert_array_equal(DDPM().denoised(x, with_variance, self.EXACT_SIGMAS), x0)
+
+    def test_the_weighted_error_is_that_of_the_noise(self):
+        x0, eps, f = (self.exact_images(k) for k in range(3))
+        denoised = DDPM().denoised(DDPM().noised(x0, eps, self.EXACT_SIGMAS), f, self.EXACT_SIGMAS)
+        weighted = DDPM().weight(self.EXACT_SIGMAS)[:, None, None, None] * jnp.square(denoised - x0)
+        np.testing.assert_array_equal(weighted, jnp.square(f - eps))
+
+    def test_training_draws_all_steps_equally_often(self):
+        sigmas, draws = DDPM().sigmas, np.asarray(DDPM().sample_sigma(jax.random.key(0), 1 << 20))
+        values, counts = np.unique(draws, return_counts=True)
+        np.testing.assert_array_equal(values, sigmas)
+        # Chi-square of 999 degrees of freedom: 1 +- 0.045 for each.
+        mean = len(draws) / 1000
+        assert abs(((counts - mean) ** 2).mean() / mean - 1) < 0.2
+        assert abs(counts - mean).max() < 5 * mean**0.5
+
+
+def test_diffusions_by_name():
+    assert make_diffusion(schema.Diffusion(name="ddpm", sigma_max=10.0)) == DDPM()
+    assert make_diffusion(schema.Diffusion()) == EDM()
+    changed = schema.Diffusion(
+        name="edm", sigma_data=0.7, log_sigma_mean=-0.4, log_sigma_std=1.0, sigma_min=0.01, sigma_max=50.0
+    )
+    assert make_diffusion(changed) == EDM(0.7, -0.4, 1.0, 0.01, 50.0)
