@@ -30,7 +30,7 @@ from sddit_jax.sharding import path_name
 
 log = logging.getLogger("sddit_jax")
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "MANIFEST.sha256"
 # Orbax writes these two while it commits, when the manifest is already written.
 _COMMIT_FILES = {"_CHECKPOINT_METADATA", "commit_success.txt"}
@@ -47,8 +47,9 @@ def digest(tree: Any) -> dict[str, str]:
     (Odd weights, a sum of u_i * w_i, would see one flipped bit too, but never two flipped signs:
     each adds 2^31, whatever its weight.) Shape and dtype are not covered.
     """
-    # One call for each leaf: leaves may be on different devices, and many share a shape.
-    sums = jax.device_get({path: _sums(leaf) for path, leaf in _leaves(tree).items()})
+    # One call for each leaf: leaves may be on different devices, and many share a shape. And one at a time: CPU devices
+    # that simulate a mesh on few cores can lock each other out when many of their collectives are in flight.
+    sums = {path: jax.device_get(_sums(leaf)) for path, leaf in _leaves(tree).items()}
     return {path: f"{a:08x}{b:08x}" for path, (a, b) in sums.items()}
 
 
@@ -227,6 +228,7 @@ class Checkpointer:
         args = {item: ocp.args.StandardRestore(tree) for item, tree in _items(abstract).items()}
         restored = dict(self._manager.restore(step, args=ocp.args.Composite(**args)).items())
         state = {**restored.get("train", {}), "ema": restored["ema"]}
+        state = jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(state))
         if changed := _difference(digests, digest(state)):
             raise _DamagedError(f"{self._path(step)}: {changed}")
         return state, meta
@@ -268,8 +270,18 @@ class Checkpointer:
 
 
 def _items(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The items of a state; a state of `ema` alone has no `train`."""
-    train = {key: tree for key, tree in state.items() if key != "ema"}
+    """The items of a state; a state of `ema` alone has no `train`.
+
+    Dicts without a leaf, such as the state of an objective that has none, are not saved: a run may go on with more
+    or fewer of them.
+    """
+
+    def with_leaves(tree: Any) -> Any:
+        if not isinstance(tree, Mapping):
+            return tree
+        return {key: with_leaves(child) for key, child in tree.items() if jax.tree.leaves(child)}
+
+    train = with_leaves({key: tree for key, tree in state.items() if key != "ema"})
     return {"ema": state["ema"], "train": train} if train else {"ema": state["ema"]}
 
 

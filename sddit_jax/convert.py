@@ -30,7 +30,7 @@ from sddit_jax import cli, sharding
 from sddit_jax import config as config_lib
 from sddit_jax.checkpoint import Checkpointer
 from sddit_jax.errors import CheckpointError, UserError, WeightsError
-from sddit_jax.interop.layouts import DIT, MASKDIT, OWN, Layout, fit, shapes
+from sddit_jax.interop.layouts import DIT, MASKDIT, OWN, Layout, few, fit, homeless, shapes
 from sddit_jax.interop.state_dict import from_state_dict, places, to_state_dict
 from sddit_jax.models.transformer import Network
 from sddit_jax.reporting import write_config
@@ -87,6 +87,8 @@ def export(layout: Layout, workdir: Path, output: Path, weights: str | None, ste
         config, trees = _with_null_row(config, trees)
     network = Network(config)
     entries = layout.entries(network)
+    if without := homeless(layout, network):
+        raise WeightsError(f"{layout.name}'s code has no place for {few(without)} of this network")
     if layout is not OWN and config.diffusion.name != layout.diffusion:
         log.warning("the network was trained under %s, but %s samples under %s", config.diffusion.name, *layout[:2])
     files = {}
@@ -122,10 +124,9 @@ def import_(layout: Layout, file: Path, workdir: Path, config: Any = None, parti
         config = _own_config(file, metadata) if layout is OWN else layout.infer(shapes(ema))
     config = config_lib.resolve(config)
     network = Network(config)
-    entries = layout.entries(network)
 
     def tree(name: str, tensors: Mapping[str, Any]) -> Any:
-        arrays, faults = fit(entries, tensors, partial=partial)
+        arrays, faults = fit(layout, network, tensors, partial=partial)
         for fault in faults:
             log.warning("%s: %s", name, fault)
         if places(network).keys() - arrays.keys():

@@ -64,8 +64,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 class Layout(NamedTuple):
     """A code's layout, and the diffusion that it samples with.
 
-    entries: the layout of a network; raises WeightsError if the code has no place for it. infer: the configuration that
-    the shapes of a file tell. prefix: what the code puts before every name.
+    entries: the layout of a network, of as much of it as the code has a place for. infer: the configuration that the
+    shapes of a file tell. prefix: what the code puts before every name.
     """
 
     name: str
@@ -95,7 +95,7 @@ def _maskdit_entries(network: Network) -> Entries:
         entries |= _linear(ours, "decoder_layer.linear", "decoder.bridge.linear")
         entries |= _linear(ours, "decoder_layer.adaLN_modulation.1", "decoder.bridge.modulation.linear")
         entries |= _blocks(ours, "decoder_blocks", "decoder", m.decoder_depth)
-    return _complete("MaskDiT", entries | _final(ours), ours)
+    return entries | _final(ours)
 
 
 def _dit_entries(network: Network) -> Entries:
@@ -105,7 +105,7 @@ def _dit_entries(network: Network) -> Entries:
     if m.num_classes and m.null_label == "row":
         entries["y_embedder.embedding_table.weight"] = Entry("encoder.label.table", (m.num_classes + 1, m.width))
     entries |= _blocks(ours, "blocks", "encoder", m.depth)
-    return _complete("DiT", entries | _final(ours), ours)
+    return entries | _final(ours)
 
 
 def _infer_maskdit(shapes: Shapes) -> ml_collections.ConfigDict:
@@ -160,14 +160,23 @@ def shared_prefix(names: Iterable[str]) -> str:
     return found
 
 
-def fit(entries: Entries, tensors: Mapping[str, Tensor], *, partial: bool) -> tuple[dict[str, np.ndarray], list[str]]:
+def homeless(layout: Layout, network: Network) -> list[str]:
+    """The tensors of a network that a code has no place for."""
+    held = {entry.ours for entry in layout.entries(network).values()}
+    return [name for name in places(network) if name not in held]
+
+
+def fit(
+    layout: Layout, network: Network, tensors: Mapping[str, Tensor], *, partial: bool
+) -> tuple[dict[str, np.ndarray], list[str]]:
     """The tensors of a file as arrays of our state_dict, float32, and a line for each that does not fit.
 
     Raises WeightsError with all the lines if there are any, unless `partial`: then what does not fit is left out.
     """
-    prefix = shared_prefix(tensors)
+    prefix, entries = shared_prefix(tensors), layout.entries(network)
     found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    faults = [f"missing: {prefix}{name} {list(e.shape)}" for name, e in entries.items() if name not in found]
+    faults = [f"missing: {name}, for which {layout.name} has no place" for name in homeless(layout, network)]
+    faults += [f"missing: {prefix}{name} {list(e.shape)}" for name, e in entries.items() if name not in found]
     faults += [f"too much: {prefix}{name} {list(found[name].shape)}" for name in found if name not in entries]
     arrays = {}
     for name, entry in entries.items():
@@ -194,15 +203,6 @@ def fit(entries: Entries, tensors: Mapping[str, Tensor], *, partial: bool) -> tu
     if faults and not partial:
         raise WeightsError("the file does not fit this network:\n  " + "\n  ".join(faults))
     return arrays, faults
-
-
-def _complete(name: str, entries: Entries, ours: Entries) -> Entries:
-    """Raises WeightsError if the layout has no place for a tensor of ours."""
-    held = {entry.ours for entry in entries.values()}
-    homeless = [key for key in ours if key not in held]
-    if homeless:
-        raise WeightsError(f"{name}'s code has no place for {few(homeless)} of this network")
-    return entries
 
 
 def few(names: list[str], most: int = 8) -> str:

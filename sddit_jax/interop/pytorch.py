@@ -11,6 +11,7 @@ Images are [B, C, H, W]. Parameters have the names of sddit_jax with the blocks 
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Callable, Sequence
 from os import PathLike
 from types import SimpleNamespace
@@ -52,7 +53,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, c_noise_B: Tensor) -> Tensor:
         """In the dtype of the weights, which stays float32 when the rest is bfloat16."""
-        frequencies = torch.exp(-torch.log(torch.tensor(10000.0, dtype=torch.float64)) * torch.arange(128) / 128)
+        frequencies = (-math.log(10000) * torch.arange(128, dtype=torch.float32) / 128).double().exp().float()
         angles = c_noise_B[:, None] * frequencies.to(c_noise_B)
         embedded = torch.cat([angles.cos(), angles.sin()], dim=1).to(self.out.weight.dtype)
         return self.out(F.silu(self.hidden(embedded)))

@@ -35,7 +35,9 @@ def positions_2d(width: int, side: int) -> np.ndarray:
 def sinusoid(t_B: jax.Array, width: int = FREQUENCIES) -> jax.Array:
     """[cos | sin] of t at geometrically spaced frequencies from 1 to 1/10000: float32 [B, width]."""
     half = width // 2
-    frequencies = np.exp(-np.log(10000.0) * np.arange(half) / half).astype(np.float32)
+    # DiT's code has the exponents in float32; with DDPM's t, up to 999, the difference shows.
+    exponents = np.float32(-np.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angles = t_B.astype(jnp.float32)[:, None] * frequencies[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1)
 

@@ -25,8 +25,8 @@ def respaced_levels(steps: int, diffusion: DDPM) -> np.ndarray:
     """
     if steps > diffusion.steps:
         raise ConfigError(f"sampling.steps is {steps}, but ddpm has {diffusion.steps} noise levels")
-    chosen = np.rint(np.linspace(0, diffusion.steps - 1, steps)).astype(int) if steps > 1 else np.array([0])
-    return np.append(diffusion.sigmas[chosen][::-1], np.float32(0))
+    chosen = np.rint(np.linspace(diffusion.steps - 1, 0, steps)).astype(int)
+    return np.append(diffusion.sigmas[chosen], np.float32(0))
 
 
 def heun(denoise: Denoise, noise_BHWC: jax.Array, sigmas: np.ndarray) -> jax.Array:

@@ -107,6 +107,8 @@ def _open_safetensors(path: Path) -> Checkpoint:
         parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
     except (safetensors.SafetensorError, OSError) as error:
         raise WeightsError(f"{path} is not an intact safetensors file: {error}") from error
+    if not parts:
+        raise WeightsError(f"{path} has no tensors")
 
     def tensor(name: str, part: Any) -> Tensor:
         return Tensor(tuple(part.get_shape()), part.get_dtype(), lambda: file.get_tensor(name).astype(np.float32))
@@ -126,12 +128,11 @@ def import_torch() -> ModuleType:
 def _load_torch(path: Path) -> tuple[ModuleType, Mapping]:
     torch = import_torch()
     try:
-        # Only the zip format can be mapped; before PyTorch 1.6 a file was a plain pickle.
-        mapped = zipfile.is_zipfile(path)
+        _check_sums(path)
         with torch.serialization.safe_globals([(_Skipped, NAMESPACE)]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
     except _TORCH_ERRORS as error:
-        raise WeightsError(f"{path} is not an intact PyTorch file of tensors: {_reason(error)}") from error
+        raise WeightsError(f"{path} is not an intact PyTorch file of tensors: {_reason(torch, error)}") from error
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path} holds a {type(content).__name__}; it should hold tensors by name")
     return torch, content
@@ -151,9 +152,28 @@ def _torch_tensors(path: Path, content: Mapping) -> dict[str, Tensor]:
     return {name: tensor(name, value) for name, value in content.items()}
 
 
-def _reason(error: Exception) -> str:
+def _check_sums(path: Path) -> None:
+    """Raises BadZipFile if a part of a PyTorch file is not as it was written; torch itself does not look."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():
+                raise zipfile.BadZipFile(f"{damaged} is damaged, its checksum differs")
+
+
+def _can_be_mapped(path: Path) -> bool:
+    """Whether the tensors lie in a PyTorch file as they are; torch maps a compressed zip file too, and reads garbage.
+
+    Before PyTorch 1.6 a file was a plain pickle.
+    """
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as file:
+        return all(entry.compress_type == zipfile.ZIP_STORED for entry in file.infolist())
+
+
+def _reason(torch: ModuleType, error: Exception) -> str:
     """What is wrong with a PyTorch file, without torch's advice to load it all the same."""
-    text = str(error)
+    text = str(error).replace("Weights only load failed.", "").replace(torch.serialization.UNSAFE_MESSAGE, "")
     _, refused, what = text.partition("WeightsUnpickler error:")
     lines = (what if refused else text).strip().partition(" Please ")[0].splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else 'no more is known'}"

@@ -1,0 +1,304 @@
+"""Weights taken out and in by the command, and what a run makes of them."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_config
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from sddit_jax.checkpoint import Checkpointer
+from sddit_jax.config import METHODS, default_config, resolve, to_dict
+from sddit_jax.convert import export, import_
+from sddit_jax.errors import CheckpointError, UserError, WeightsError
+from sddit_jax.interop.layouts import DIT, MASKDIT, OWN
+from sddit_jax.reporting import read_config, write_config
+from sddit_jax.state import make_parts
+
+ROOT = Path(__file__).parents[1]
+TINY = f"--config={ROOT}/tests/configs/tiny.py"
+DIT_CHANGES = {"model.learn_sigma": True, "model.null_label": "row", "diffusion.name": "ddpm"}
+
+
+def make_run(workdir, config, step=7):
+    """A run that was saved at a step, with different parameters and EMA, all their elements random."""
+    parts, rng = make_parts(config), np.random.default_rng(0)
+
+    def random(tree):
+        return jax.tree.map(lambda leaf: jax.numpy.asarray(0.1 * rng.standard_normal(leaf.shape, np.float32)), tree)
+
+    shapes = jax.eval_shape(parts.network.init, jax.random.key(0))
+    state = parts.state_from(random(shapes), random(shapes)) | {"step": jax.numpy.asarray(step)}
+    workdir.mkdir()
+    write_config(workdir, config)
+    checkpointer = Checkpointer(workdir / "checkpoints")
+    checkpointer.save(step, state, {"config": to_dict(config), "codec": parts.codec.record()})
+    checkpointer.close()
+    return workdir, state
+
+
+def read_run(workdir):
+    """The configuration and {"params", "ema"} of a run."""
+    config = read_config(workdir)
+    abstract = jax.eval_shape(make_parts(config).init_state, jax.random.key(0))
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), abstract)
+    state, meta = Checkpointer(workdir / "checkpoints", read_only=True).restore(abstract)
+    assert meta["imported"]["sha256"]
+    assert int(state["step"]) == 0
+    return config, {"params": state["params"], "ema": state["ema"]["default"]}
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def config_dict(config):
+    """The ConfigDict of a Config."""
+    made = default_config()
+    with made.unlocked():
+        made.update(to_dict(config))
+    return made
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("weights", ["ema", "params"])
+def test_to_torch_and_back_is_the_same_bits(tmp_path, method, weights):
+    config = tiny_config(method)
+    run, state = make_run(tmp_path / "run", config)
+    export(OWN, run, tmp_path / "model.safetensors", weights)
+    import_(OWN, tmp_path / "model.safetensors", tmp_path / "new")
+    config_after, trees = read_run(tmp_path / "new")
+    assert config_after == config
+    expected = state["params"] if weights == "params" else state["ema"]["default"]
+    assert_same(trees, {"params": expected, "ema": expected})
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert resolve(json.loads(metadata["config"])) == config
+    assert (metadata["format"], metadata["step"], metadata["weights"]) == ("pt", "7", weights)
+    assert json.loads(metadata["codec"])["name"] == "pixels"
+
+
+@pytest.mark.parametrize("fill", ["mask_token", "zeros"])
+def test_to_maskdit_and_back_is_the_same_bits(tmp_path, fill):
+    config = tiny_config("maskdit", {"masking.fill": fill})
+    run, state = make_run(tmp_path / "run", config)
+    export(MASKDIT, run, tmp_path / "0000007.pt", None)
+    content = torch.load(tmp_path / "0000007.pt", weights_only=True)
+    assert content.keys() == {"model", "ema"}
+    assert ("model.mask_token" in content["ema"]) == (fill == "mask_token")
+    table = content["model"]["model.y_embedder.embedding_table.weight"]
+    np.testing.assert_array_equal(table.T, state["params"]["encoder"]["label"]["table"])
+    import_(MASKDIT, tmp_path / "0000007.pt", tmp_path / "new", config_dict(config))
+    assert_same(read_run(tmp_path / "new")[1], {"params": state["params"], "ema": state["ema"]["default"]})
+
+
+def test_to_dit_and_back_is_the_same_bits(tmp_path):
+    config = tiny_config("dit", DIT_CHANGES)
+    run, state = make_run(tmp_path / "run", config)
+    export(DIT, run, tmp_path / "dit.pt", None)
+    content = torch.load(tmp_path / "dit.pt", weights_only=True)
+    assert content["y_embedder.embedding_table.weight"].shape == (5, 32)
+    import_(DIT, tmp_path / "dit.pt", tmp_path / "new", config_dict(config))
+    ema = state["ema"]["default"]
+    assert_same(read_run(tmp_path / "new")[1], {"params": ema, "ema": ema})
+
+
+def test_to_dit_gives_a_null_label_of_zeros_its_row(tmp_path):
+    run, state = make_run(tmp_path / "run", tiny_config("dit"))
+    export(DIT, run, tmp_path / "dit.pt", "both")
+    table = torch.load(tmp_path / "dit.pt", weights_only=True)["model"]["y_embedder.embedding_table.weight"]
+    np.testing.assert_array_equal(table[:4], state["params"]["encoder"]["label"]["table"])
+    assert not table[4].any()
+
+
+def maskdit_file(tmp_path, **changes):
+    """The config of a tiny MaskDiT and a checkpoint of it, as its training saves one."""
+    config = tiny_config("maskdit")
+    run, state = make_run(tmp_path / "source", config)
+    export(MASKDIT, run, tmp_path / "source.pt", None)
+    content = torch.load(tmp_path / "source.pt", weights_only=True)
+    content |= {"opt": {"state": {}, "param_groups": [{"lr": 1e-4}]}, "args": argparse.Namespace(config="a.yaml")}
+    torch.save(content | changes, tmp_path / "0000007.pt")
+    return config_dict(config), tmp_path / "0000007.pt", state, content
+
+
+def test_a_training_checkpoint_of_maskdit(tmp_path, caplog):
+    config, file, state, _ = maskdit_file(tmp_path)
+    with caplog.at_level("INFO", logger="sddit_jax"):
+        import_(MASKDIT, file, tmp_path / "new", config)
+    said = "0000007.pt has model (48 tensors), ema (48 tensors); passed over: opt (dict), args (argparse.Namespace, "
+    assert f"{said}not executed)" in caplog.text
+    assert_same(read_run(tmp_path / "new")[1], {"params": state["params"], "ema": state["ema"]["default"]})
+
+
+@pytest.mark.parametrize("group", ["ema", "model"])
+def test_one_set_of_weights_serves_for_both(tmp_path, group):
+    config, file, _, content = maskdit_file(tmp_path)
+    torch.save({group: content[group]}, file)
+    import_(MASKDIT, file, tmp_path / "a", config)
+    torch.save(content[group], file)
+    import_(MASKDIT, file, tmp_path / "b", config)
+    (_, a), (_, b) = read_run(tmp_path / "a"), read_run(tmp_path / "b")
+    assert_same(a, b)
+    assert_same(a["params"], a["ema"])
+
+
+def test_a_file_that_does_not_fit_leaves_no_workdir(tmp_path):
+    config, file, _, content = maskdit_file(tmp_path)
+    del content["ema"]["model.mask_token"]
+    torch.save(content, file)
+    with pytest.raises(WeightsError, match=r"missing: model\.mask_token \[1, 1, 16\]"):
+        import_(MASKDIT, file, tmp_path / "new", config)
+    with pytest.raises(WeightsError, match="2 blocks of width 32: no published model, so --config"):
+        import_(MASKDIT, file, tmp_path / "new")
+    torch.save({"other": content["model"]}, file)
+    with pytest.raises(WeightsError, match="under other, but none under model or ema"):
+        import_(MASKDIT, file, tmp_path / "new", config)
+    assert not (tmp_path / "new").exists()
+
+
+def test_partial_loads_what_fits_and_starts_the_rest_afresh(tmp_path, caplog):
+    """SD-DiT from MaskDiT's weights: [CLS] and the head are fresh, the mask token is left out."""
+    _, file, state, _ = maskdit_file(tmp_path)
+    target = tiny_config("sd_dit")
+    import_(MASKDIT, file, tmp_path / "new", config_dict(target), partial=True)
+    _, trees = read_run(tmp_path / "new")
+    fresh = jax.jit(make_parts(target).network.init)(jax.random.key(0))
+    assert_same(trees["params"]["head"], fresh["head"])
+    assert_same(trees["params"]["encoder"]["cls"], fresh["encoder"]["cls"])
+    assert_same(trees["params"]["encoder"]["stack"], state["params"]["encoder"]["stack"])
+    assert_same(trees["ema"]["decoder"]["final"], state["ema"]["default"]["decoder"]["final"])
+    assert "too much: model.mask_token" in caplog.text
+
+
+def test_a_workdir_that_is_not_empty_is_left_alone(tmp_path):
+    config, file, _, _ = maskdit_file(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="is not empty"):
+        import_(MASKDIT, file, tmp_path / "run", config)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_an_export_that_fails_leaves_the_file_that_was_there(tmp_path):
+    run, _ = make_run(tmp_path / "run", tiny_config("sd_dit"))
+    output = tmp_path / "model.pt"
+    output.write_text("mine")
+    with pytest.raises(WeightsError, match=r"no place for encoder\.cls"):
+        export(MASKDIT, run, output, None)
+    assert output.read_text() == "mine"
+    with pytest.raises(UserError, match="could not be written"):
+        export(OWN, run, output / "model.safetensors", "ema")
+    with pytest.raises(UserError, match="one set of weights"):
+        export(OWN, run, output, "both")
+    with pytest.raises(CheckpointError, match="has no checkpoints"):
+        export(OWN, tmp_path / "nothing", output, "ema")
+
+
+def test_a_safetensors_file_without_configuration_is_refused(tmp_path):
+    run, _ = make_run(tmp_path / "run", tiny_config("dit"))
+    export(OWN, run, tmp_path / "model.safetensors", "ema")
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors, tmp_path / "bare.safetensors")
+    save_file(tensors, tmp_path / "broken.safetensors", {"config": "{"})
+    with pytest.raises(WeightsError, match="no configuration in its metadata; --config"):
+        import_(OWN, tmp_path / "bare.safetensors", tmp_path / "new")
+    with pytest.raises(WeightsError, match="no JSON"):
+        import_(OWN, tmp_path / "broken.safetensors", tmp_path / "new")
+    import_(OWN, tmp_path / "bare.safetensors", tmp_path / "new", config_dict(tiny_config("dit")))
+
+
+def run_command(name, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", f"sddit_jax.{name}", *map(str, arguments)],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def test_an_imported_maskdit_is_sampled_from_and_trained_further(tmp_path):
+    """As a user does it, all by commands; fine-tuning without a mask, as MaskDiT ends its training."""
+    tiny = f"{TINY}:maskdit"
+    first, file, imported = tmp_path / "first", tmp_path / "0000060.pt", tmp_path / "imported"
+    finetune = ("main", f"--config=configs/finetune.py:{imported}", f"--workdir={imported}")
+    for arguments in (
+        ("main", tiny, f"--workdir={first}", "--config.steps=4"),
+        ("convert", "to-maskdit", f"--workdir={first}", f"--output={file}"),
+        ("convert", "from-maskdit", file, tiny, f"--workdir={imported}"),
+        ("sample", f"--workdir={imported}", f"--output={tmp_path}/out", "--num_samples=4", "--steps=3"),
+        (*finetune, "--config.steps=6", "--config.masking.ratio=0.0", "--config.objectives.reconstruction.weight=0.0"),
+    ):
+        done = run_command(*arguments)
+        assert done.returncode == 0, (arguments, done.stderr)
+    assert np.load(tmp_path / "out" / "samples.npz")["arr_0"].shape == (4, 8, 8, 1)
+    rows = [json.loads(line) for line in (imported / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 6
+    assert np.isfinite(rows[-1]["train/loss"])
+    assert "continuing" in done.stderr
+    assert "masking.ratio: 0.5 -> 0.0" in done.stderr
+
+
+def test_an_imported_dit_samples_by_its_own_ddpm(tmp_path):
+    config = tiny_config("dit", DIT_CHANGES | {"model.channels": 4, "codec.name": "latents", "codec.scale": (0.18215,)})
+    run, _ = make_run(tmp_path / "run", config)
+    export(DIT, run, tmp_path / "dit.pt", None)
+    import_(DIT, tmp_path / "dit.pt", tmp_path / "new", config_dict(config))
+    for solver in ("ddpm", "ddim", "heun"):
+        settings = (f"--solver={solver}", "--steps=5", "--guidance=1.5", "--guidance_channels=3", "--num_samples=3")
+        done = run_command("sample", f"--workdir={tmp_path}/new", f"--output={tmp_path}/{solver}", *settings)
+        assert done.returncode == 0, done.stderr
+        latents = np.load(tmp_path / solver / "latents.npz")["arr_0"]
+        assert (latents.shape, latents.dtype) == ((3, 8, 8, 4), np.float32)
+        assert np.isfinite(latents).all()
+        record = json.loads((tmp_path / solver / "latents.json").read_text())
+        assert record["sampler"] == {"name": solver, "steps": 5, "rho": 7.0, "guidance_channels": 3}
+        assert (tmp_path / solver / "grid.png").exists()
+
+
+def test_pytorch_alone_loads_and_samples_what_was_exported(tmp_path):
+    """No part of JAX can be imported there."""
+    run, _ = make_run(tmp_path / "run", tiny_config("sd_dit"))
+    export(OWN, run, tmp_path / "model.safetensors", "ema")
+    program = """
+import sys
+for name in ("jax", "jaxlib", "flax", "optax", "orbax", "ml_collections"):
+    sys.modules[name] = None
+from sddit_jax.interop.pytorch import load, sample
+network = load(sys.argv[1])
+images = sample(network, labels=[3, 1, 0], guidance=1.5, steps=4)
+assert images.shape == (3, 8, 8, 3) and str(images.dtype) == "torch.uint8"
+again = sample(load(sys.argv[1]), labels=[3, 1, 0], guidance=1.5, steps=4)
+assert (images == again).all()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "model.safetensors"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "'' is not one of to-torch, to-maskdit, to-dit, from-torch, from-maskdit, from-dit"),
+        (("to-pytorch",), "'to-pytorch' is not one of"),
+        (("to-torch",), "--workdir=DIR is needed"),
+        (("to-torch", "--workdir=a"), "to-torch is written --workdir=RUN --output=FILE"),
+        (("from-dit", "--workdir=a"), "from-dit is written from-dit FILE --workdir=NEW"),
+        (("from-dit", "a.pt", "b.pt", "--workdir=a"), "unexpected arguments b.pt"),
+        (("from-dit", "nowhere.pt", "--workdir=a"), "nowhere.pt"),
+        (("to-torch", "--workdir=nowhere", "--output=a"), "nowhere has no checkpoints"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(tmp_path, arguments, message):
+    done = run_command("convert", *(a.replace("=a", f"={tmp_path}/a") for a in arguments))
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "a").exists()
