@@ -43,6 +43,7 @@ MASKDIT_CODE = flags.DEFINE_string("maskdit", None, "Clone of the public MaskDiT
 DIT_CODE = flags.DEFINE_string("dit", None, "Clone of the public DiT code.")
 MODELS = flags.DEFINE_list("models", ["S/2", "S/4", "S/8"], "Sizes.")
 IMAGE_SIZES = flags.DEFINE_list("image_sizes", ["32"], "Sides of the latents: 32 for 256 px, 64 for 512 px.")
+GRADIENTS = flags.DEFINE_bool("gradients", True, "Also the training loss; of XL/2 this takes more than 24 GB.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of weights and inputs.")
 GUIDANCE = 1.5
 STEPS = 5
@@ -60,15 +61,16 @@ class Case:
         self.parts: Parts = make_parts(resolve(config))
         network, rng = self.parts.network, np.random.default_rng(SEED.value)
         shapes = jax.eval_shape(network.init, jax.random.key(0))
-        self.params = jax.tree.map(lambda leaf: np.float32(0.05 * rng.standard_normal(leaf.shape)), shapes)
+        self.params = jax.tree.map(lambda leaf: 0.05 * rng.standard_normal(leaf.shape, np.float32), shapes)
         arrays = to_state_dict(self.params, network)
         self.entries = layout.entries(network)
         self.theirs = {
-            layout.prefix + name: torch.tensor(entry.to_file(arrays)) for name, entry in self.entries.items()
+            layout.prefix + name: torch.from_numpy(entry.to_file(arrays)) for name, entry in self.entries.items()
         }
         namespaces = json.dumps(to_dict(self.parts.config))
         self.twin = pytorch.SDDiT(json.loads(namespaces, object_hook=lambda section: SimpleNamespace(**section)))
-        self.twin.load_state_dict({name: torch.tensor(array) for name, array in arrays.items()})
+        # The large models fit into memory if all share their weights.
+        self.twin.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()}, assign=True)
         shape = (2, image_size, image_size, 4)
         self.x_BHWC = np.float32(rng.standard_normal(shape))
         self.eps_BHWC = np.float32(rng.standard_normal(shape))
@@ -82,7 +84,7 @@ def run_maskdit(models: ModuleType, losses: ModuleType, size: str, image_size: i
     theirs = models.Precond_models["edm"](
         image_size, 4, 1000, model_type=f"DiT-{size}", use_decoder=True, mae_loss_coef=0.1
     )
-    theirs.load_state_dict(case.theirs)
+    theirs.load_state_dict(case.theirs, assign=True)
     label_B = torch.tensor(case.label_B)
     one_hot_BK = torch.nn.functional.one_hot(label_B, 1001)[:, :1000]
     sigma_B = np.array([0.5, 2.0], np.float32)
@@ -102,7 +104,7 @@ def run_maskdit(models: ModuleType, losses: ModuleType, size: str, image_size: i
         )
     )
     row["flax guided"] = apart(output(case.params), guided)
-    return row | masked(case, theirs, losses.EDMLoss(), one_hot_BK, sigma_B)
+    return row | (masked(case, theirs, losses.EDMLoss(), one_hot_BK, sigma_B) if GRADIENTS.value else {})
 
 
 def masked(
@@ -139,7 +141,7 @@ def masked(
     ours["total"].backward()
     total = float(loss.detach().mean())
     row = {
-        "twin loss": abs(float(ours["total"]) - total) / total,
+        "twin loss": abs(float(ours["total"].detach()) - total) / total,
         "flax loss": abs(float(metrics["train/loss"]) - total) / total,
     }
     found = {
@@ -162,7 +164,7 @@ def run_dit(models: ModuleType, diffusions: ModuleType, size: str, image_size: i
     case = Case(DIT, "dit", size, image_size, changes)
     network, diffusion = case.parts.network, case.parts.diffusion
     theirs = models.DiT_models[f"DiT-{size}"](input_size=image_size, num_classes=1000)
-    theirs.load_state_dict(case.theirs)
+    theirs.load_state_dict(case.theirs, assign=True)
     theirs.eval()
     t_B, x, label_B = np.array([10.0, 500.0], np.float32), channels_first(case.x_BHWC), torch.tensor(case.label_B)
     row = {}

@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 
 from sddit_jax import schema
+from sddit_jax.codec import STABLE_DIFFUSION_SCALE
 from sddit_jax.config import default_config
 from sddit_jax.errors import WeightsError
 from sddit_jax.interop.state_dict import places
@@ -21,8 +22,6 @@ from sddit_jax.weights.files import FLOATS, Tensor
 
 # The decoder of MaskDiT's code, the same for every size: depth, width -> heads.
 MASKDIT_DECODERS = {(8, 512): 16}
-# Both codes train on Stable Diffusion's latents, times this.
-LATENT_SCALE = 0.18215
 
 PREFIXES = ("module.", "_orig_mod.", "model.")
 # Positions lie in [-1, 1]: what rounding to bfloat16 does to them, and nothing else.
@@ -257,7 +256,7 @@ def _encoder(shapes: Shapes, classes: int) -> dict[str, Any]:
 
 def _trained_on_latents(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     with config.unlocked():
-        config.codec.name, config.codec.scale = "latents", (LATENT_SCALE,)
+        config.codec.name, config.codec.scale = "latents", (STABLE_DIFFUSION_SCALE,)
         config.ema.warmup = False
     return config
 

@@ -245,14 +245,26 @@ class Head(nn.Module):
         return F.normalize(vectors, dim=-1), F.normalize(self.prototypes, dim=-1)
 
 
+def ddpm_sigmas() -> Tensor:
+    """sigma(t) of DDPM's 1,000 steps, betas linear from 1e-4 to 0.02 (Ho et al. 2020): float32."""
+    alpha_bar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+    return ((1 - alpha_bar) / alpha_bar).sqrt().float()
+
+
+def sigma_range(diffusion: SimpleNamespace) -> tuple[float, float]:
+    """The lowest and the highest noise level of a diffusion."""
+    if diffusion.name == "ddpm":
+        return tuple(ddpm_sigmas()[[0, -1]].tolist())
+    return diffusion.sigma_min, diffusion.sigma_max
+
+
 def preconditioning(diffusion: SimpleNamespace, sigma_B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(c_skip, c_out, c_in, c_noise) [B]: EDM's (Karras et al. 2022, Table 1), or those of DDPM's 1,000 steps.
+    """(c_skip, c_out, c_in, c_noise) [B]: EDM's (Karras et al. 2022, Table 1), or DDPM's.
 
     DDPM's c_noise is the step whose noise level is sigma, interpolated between two.
     """
     if diffusion.name == "ddpm":
-        alpha_bar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
-        table = ((1 - alpha_bar) / alpha_bar).sqrt().float().to(sigma_B)
+        table = ddpm_sigmas().to(sigma_B)
         above = torch.searchsorted(table, sigma_B.contiguous()).clamp(1, 999)
         low, high = table[above - 1], table[above]
         step_B = (above - 1 + (sigma_B - low) / (high - low)).clamp(0, 999)
@@ -390,14 +402,6 @@ def sample(
     if c.codec.name != "pixels":
         return x
     return (127.5 * x + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-
-
-def sigma_range(diffusion: SimpleNamespace) -> tuple[float, float]:
-    """The lowest and the highest noise level of a diffusion."""
-    if diffusion.name == "ddpm":
-        alpha_bar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)[[0, -1]]
-        return tuple(((1 - alpha_bar) / alpha_bar).sqrt().tolist())
-    return diffusion.sigma_min, diffusion.sigma_max
 
 
 @dataclasses.dataclass
