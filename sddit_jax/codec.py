@@ -8,6 +8,9 @@ import jax.numpy as jnp
 
 from sddit_jax import schema
 
+# Of the latents of Stable Diffusion's autoencoder, on which DiT, MaskDiT and SD-DiT train.
+STABLE_DIFFUSION_SCALE = 0.18215
+
 
 @dataclasses.dataclass(frozen=True)
 class Codec(abc.ABC):

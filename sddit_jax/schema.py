@@ -188,9 +188,9 @@ class Codec:
 class Parallel:
     """The device mesh, and how a batch is computed on it."""
 
-    data: int = _default(-1, "C", "devices along the data axis; -1: what is left")
-    fsdp: int = _default(1, "C", "devices along the fsdp axis, which shards parameters too", least=1)
-    tensor: int = _default(1, "C", "devices along the tensor axis", least=1)
+    data: int = _default(-1, "C", "devices along the data axis; -1, for one of the axes: what is left", least=-1)
+    fsdp: int = _default(1, "C", "devices along the fsdp axis, which shards parameters too", least=-1)
+    tensor: int = _default(1, "C", "devices along the tensor axis", least=-1)
     microbatches: int = _default(1, "C", "parts in which a batch's gradient is computed, one after another", least=1)
 
 

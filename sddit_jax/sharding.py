@@ -4,6 +4,7 @@ The mesh has three axes: `data` and `fsdp` both split the batch, `fsdp` splits p
 and hidden channels. Optimiser state, EMAs and the teacher have their parameters' paths, and so their layout.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from sddit_jax import schema
 from sddit_jax.errors import ConfigError
 
+AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 
 # The first pattern found in a leaf's path gives its axes; an axis that does not divide its dimension is left out.
@@ -36,18 +38,21 @@ RULES = (
 
 
 def make_mesh(config: schema.Parallel, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The (data, fsdp, tensor) mesh over `devices` (all if None). Raises ConfigError if the sizes do not fit."""
+    """The (data, fsdp, tensor) mesh over `devices` (all if None); an axis of -1 takes what is left.
+
+    Raises ConfigError if the sizes do not fit.
+    """
     devices = jax.devices() if devices is None else devices
-    data = config.data
-    if data == -1:
-        data = max(len(devices) // (config.fsdp * config.tensor), 1)
-    shape = (data, config.fsdp, config.tensor)
-    if int(np.prod(shape)) != len(devices):
-        raise ConfigError(
-            f"a mesh of data {data} x fsdp {config.fsdp} x tensor {config.tensor} needs {int(np.prod(shape))} "
-            f"devices, but there are {len(devices)}"
-        )
-    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3, devices=devices)
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    left = [axis for axis, size in sizes.items() if size == -1]
+    if len(left) > 1:
+        raise ConfigError(f"parallel.{' and parallel.'.join(left)} are -1, but one axis alone can take what is left")
+    for axis in left:
+        sizes[axis] = max(len(devices) // -math.prod(sizes.values()), 1)
+    if math.prod(sizes.values()) != len(devices):
+        words = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+        raise ConfigError(f"a mesh of {words} needs {math.prod(sizes.values())} devices, but there are {len(devices)}")
+    return jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Auto,) * 3, devices=devices)
 
 
 def check_batch(mesh: Mesh, batch_size: int, microbatches: int) -> None:

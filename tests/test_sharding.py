@@ -205,6 +205,10 @@ def test_a_mesh_takes_what_is_left_for_data():
     assert dict(make_mesh(schema.Parallel()).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
     assert dict(make_mesh(schema.Parallel(fsdp=2, tensor=2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
     assert dict(make_mesh(schema.Parallel(), jax.devices()[:2]).shape) == {"data": 2, "fsdp": 1, "tensor": 1}
+    assert dict(make_mesh(schema.Parallel(data=2, fsdp=-1)).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert dict(make_mesh(schema.Parallel(data=1, tensor=-1)).shape) == {"data": 1, "fsdp": 1, "tensor": 8}
+    with pytest.raises(ConfigError, match=r"parallel\.data and parallel\.fsdp are -1"):
+        make_mesh(schema.Parallel(fsdp=-1))
 
 
 @pytest.mark.parametrize(

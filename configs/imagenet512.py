@@ -1,0 +1,16 @@
+"""SD-DiT-XL/2 on ImageNet at 512 pixels, in the latents of Stable Diffusion's autoencoder.
+
+    python -m sddit_jax.main --config=configs/imagenet512.py:data=/data/imagenet512 --workdir=runs/imagenet512
+
+Arguments behind the colon: data=DIR, what `python -m sddit_jax.prepare --resolution=512` wrote (168 GB with both mirror
+images); size=S/2 to H/8; method=maskdit (batches of 1,024, 1M steps, its paper's), dit_decoder (the same network,
+trained to denoise only) or dit (DiT's network under EDM; not the training of the DiT paper).
+"""
+
+import ml_collections
+
+from sddit_jax.recipes import imagenet
+
+
+def get_config(arguments: str = "") -> ml_collections.ConfigDict:
+    return imagenet(512, arguments)
