@@ -1,11 +1,11 @@
-"""Goes on from a run or from imported weights, with another schedule, loss or data.
+"""Goes on from the weights of another run, or from imported ones, with other settings.
 
-    python -m sddit_jax.convert from-maskdit imagenet256.pt --workdir=runs/maskdit
-    python -m sddit_jax.main --config=configs/finetune.py:runs/maskdit --workdir=runs/maskdit \
+    python -m sddit_jax.main --config=configs/finetune.py:runs/maskdit --workdir=runs/tuned \
         --config.steps=100000 --config.optimizer.learning_rate=5e-5 --config.masking.ratio=0.0 \
         --config.objectives.reconstruction.weight=0.0
 
-The argument is the folder of the run; all that is not changed on the command line is as it was there.
+The argument is the folder of that run, which stays as it is. The new run starts at step 0 with its parameters, its EMA
+and, where nothing is changed on the command line, its settings.
 """
 
 from pathlib import Path
@@ -14,10 +14,13 @@ import ml_collections
 
 from sddit_jax.config import to_dict
 from sddit_jax.errors import ConfigError
-from sddit_jax.reporting import read_config
+from sddit_jax.runs import read_config
 
 
-def get_config(workdir: str = "") -> ml_collections.ConfigDict:
-    if not workdir:
+def get_config(run: str = "") -> ml_collections.ConfigDict:
+    if not run:
         raise ConfigError("configs/finetune.py needs the folder of a run, as in --config=configs/finetune.py:runs/a")
-    return ml_collections.ConfigDict(to_dict(read_config(Path(workdir).expanduser()))).lock()
+    config = ml_collections.ConfigDict(to_dict(read_config(Path(run).expanduser())))
+    config.init_from = run
+    config.ema.warmup = False
+    return config.lock()

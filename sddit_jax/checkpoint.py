@@ -47,9 +47,14 @@ def digest(tree: Any) -> dict[str, str]:
     (Odd weights, a sum of u_i * w_i, would see one flipped bit too, but never two flipped signs:
     each adds 2^31, whatever its weight.) Shape and dtype are not covered.
     """
-    # One call for each leaf: leaves may be on different devices, and many share a shape. And one at a time: CPU devices
-    # that simulate a mesh on few cores can lock each other out when many of their collectives are in flight.
-    sums = {path: jax.device_get(_sums(leaf)) for path, leaf in _leaves(tree).items()}
+    # One call for each leaf: leaves may be on different devices, and many share a shape.
+    sums = {}
+    for path, leaf in _leaves(tree).items():
+        sums[path] = _sums(leaf)
+        if jax.default_backend() == "cpu":
+            # Simulated devices on few cores can lock each other out when many of their collectives are in flight.
+            jax.block_until_ready(sums[path])
+    sums = jax.device_get(sums)
     return {path: f"{a:08x}{b:08x}" for path, (a, b) in sums.items()}
 
 
@@ -160,8 +165,10 @@ class Checkpointer:
 
     def close(self) -> None:
         """Waits like `wait`, and ends the threads."""
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
     def restore(self, abstract_state: Mapping[str, Any], step: int | None = None) -> tuple[dict[str, Any], dict] | None:
         """The newest intact checkpoint, or that of `step`, laid out as `abstract_state` says, and its record.
@@ -201,7 +208,10 @@ class Checkpointer:
         meta = self._manager.restore(step, args=item).meta
         if meta["format_version"] != FORMAT_VERSION:
             found = meta["format_version"]
-            raise CheckpointError(f"{self._path(step)}: format {found} is not {FORMAT_VERSION}")
+            raise CheckpointError(
+                f"{self._path(step)} has format {found}, but this version of sddit_jax reads {FORMAT_VERSION}: read it "
+                f"with the version that wrote it ({meta.get('versions', {}).get('sddit-jax', 'unknown')})"
+            )
         return meta
 
     def _newest(self, steps: list[int], abstract: Mapping[str, Any]) -> tuple[int, dict, dict]:

@@ -15,7 +15,7 @@ from typing import Any
 import ml_collections
 
 from sddit_jax.errors import ConfigError
-from sddit_jax.schema import Config
+from sddit_jax.schema import DDPM_STEPS, Config, Diffusion
 
 METHODS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
     {
@@ -68,6 +68,7 @@ CONDITION_CENTERING: Mapping[str, Any] = types.MappingProxyType(
 
 # What may differ between a checkpoint and the config that continues it. All else is the run's identity.
 FREE_ON_RESUME = (
+    "init_from",
     "parallel",
     "checkpoint",
     "sampling",
@@ -226,6 +227,14 @@ def _check_together(config: Config) -> None:
         (
             config.sampling.solver in ("ddim", "ddpm") and diffusion.name != "ddpm",
             f"sampling.solver is {config.sampling.solver!r}, but diffusion.name {diffusion.name!r}: set heun or euler",
+        ),
+        (
+            config.sampling.solver in ("ddim", "ddpm") and config.sampling.steps > DDPM_STEPS,
+            f"sampling.steps is {config.sampling.steps}, but ddpm has {DDPM_STEPS} noise levels",
+        ),
+        (
+            diffusion.name == "ddpm" and diffusion != Diffusion(name="ddpm"),
+            "diffusion.name is 'ddpm', whose noise levels are fixed: leave the other keys of diffusion as they are",
         ),
         (
             config.sampling.guidance_channels > model.channels,

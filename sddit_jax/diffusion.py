@@ -98,7 +98,7 @@ class DDPM(Diffusion):
     eps that is another preconditioning (Karras et al. 2022, Table 1, first column), with sigma(t) from a table.
     """
 
-    steps: int = 1000
+    steps: int = schema.DDPM_STEPS
     first_beta: float = 1e-4
     last_beta: float = 0.02
 

@@ -1,4 +1,4 @@
-"""What a run says of itself: config.json, metrics.jsonl, TensorBoard, Weights & Biases, a progress bar, pictures."""
+"""What a run says while it runs: metrics.jsonl, TensorBoard, Weights & Biases, a progress bar, pictures."""
 
 import contextlib
 import importlib.util
@@ -15,28 +15,8 @@ import numpy as np
 import tqdm
 from PIL import Image
 
-from sddit_jax import config as config_lib
 from sddit_jax import images
-from sddit_jax.errors import CheckpointError, ConfigError, UserError
-from sddit_jax.schema import Config
-
-CONFIG = "config.json"
-
-
-def write_config(workdir: Path, config: Config) -> None:
-    """Writes WORKDIR/config.json, whole or not at all."""
-    temporary = workdir / f"{CONFIG}.tmp"
-    temporary.write_text(json.dumps(config_lib.to_dict(config), indent=2))
-    temporary.replace(workdir / CONFIG)
-
-
-def read_config(workdir: Path) -> Config:
-    """What `write_config` wrote. Raises CheckpointError if it cannot be read."""
-    path = workdir / CONFIG
-    try:
-        return config_lib.resolve(json.loads(path.read_text()))
-    except (OSError, ValueError, ConfigError) as error:
-        raise CheckpointError(f"{path} is not the config of a run: {error}; use another --workdir") from error
+from sddit_jax.errors import UserError
 
 
 class MetricsLog:

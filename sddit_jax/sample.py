@@ -14,10 +14,10 @@ import numpy as np
 from absl import flags
 
 from sddit_jax import cli, sharding
-from sddit_jax.checkpoint import Checkpointer
 from sddit_jax.config import resolve
-from sddit_jax.errors import CheckpointError, UserError
+from sddit_jax.errors import UserError
 from sddit_jax.reporting import save_grid
+from sddit_jax.runs import open_checkpoints
 from sddit_jax.sampling.sampler import balanced_labels, make_generate, make_sample
 from sddit_jax.schema import Parallel
 from sddit_jax.state import make_parts
@@ -64,12 +64,7 @@ def main() -> None:
     """Draws what the flags say."""
     if not WORKDIR.value or not OUTPUT.value:
         raise UserError("--workdir=RUN and --output=DIR are needed")
-    checkpoints = Path(WORKDIR.value).expanduser() / "checkpoints"
-    if not checkpoints.is_dir():
-        raise CheckpointError(
-            f"--workdir={WORKDIR.value} has no checkpoints; it should be a folder that main trained in"
-        )
-    ema, meta = Checkpointer(checkpoints, read_only=True).restore_ema(step=STEP.value)
+    ema, meta = open_checkpoints(Path(WORKDIR.value).expanduser()).restore_ema(step=STEP.value)
     settings = {key: flag.value for key, flag in SETTINGS.items() if flag.value is not None}
     config = resolve({**meta["config"], "sampling": {**meta["config"]["sampling"], **settings}})
     label_N = parse_labels(LABELS.value, NUM_SAMPLES.value, config.model.num_classes, SEED.value)

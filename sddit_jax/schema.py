@@ -48,6 +48,9 @@ class Model:
     )
 
 
+DDPM_STEPS = 1000
+
+
 @dataclasses.dataclass(frozen=True)
 class Diffusion:
     """EDM's noise levels and preconditioning (Karras et al. 2022, Table 1), or DDPM's, which have no knobs."""
@@ -249,6 +252,7 @@ class Config:
     seed: int = _default(0, "I", "seed of everything", least=0, most=2**31 - 2**16)
     steps: int = _default(400_000, "I", "training steps", least=1)
     batch_size: int = _default(256, "I", "global batch size", least=1)
+    init_from: str = _default("", "C", "folder of a run whose weights a new run starts from; empty: fresh ones")
     model: Model = Model()
     diffusion: Diffusion = Diffusion()
     masking: Masking = Masking()

@@ -18,7 +18,8 @@ from sddit_jax.checkpoint import Checkpointer
 from sddit_jax.data.loader import make_loader
 from sddit_jax.data.sources import Source, open_source
 from sddit_jax.errors import CheckpointError, ConfigError, Diverged, Interrupted
-from sddit_jax.reporting import CONFIG, MetricsLog, Progress, read_config, save_grid, write_config
+from sddit_jax.reporting import MetricsLog, Progress, save_grid
+from sddit_jax.runs import CHECKPOINTS, CONFIG, abstract_state, read_config, restore_run, write_config
 from sddit_jax.sampling.sampler import balanced_labels, make_generate, make_sample
 from sddit_jax.schema import Config
 from sddit_jax.state import Parts, State, make_parts
@@ -38,18 +39,18 @@ def train(config: Config, workdir: Path) -> None:
     parts = make_parts(config, sharding.make_constrain(mesh))
     _check_identity(workdir, config)
 
-    abstract = jax.eval_shape(parts.init_state, jax.random.key(config.seed))
-    layout = sharding.shardings(mesh, abstract)
+    abstract = abstract_state(parts, mesh)
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     checkpointer = Checkpointer(
-        workdir / "checkpoints", keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every
+        workdir / CHECKPOINTS, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every
     )
-    restored = checkpointer.restore(
-        jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, layout)
-    )
-    if restored is None:
-        state = jax.jit(parts.init_state, out_shardings=layout)(jax.random.key(config.seed))
-    else:
+    restored = checkpointer.restore(abstract)
+    if restored is not None:
         state, _ = restored
+    elif config.init_from:
+        state = _started_from(Path(config.init_from).expanduser(), parts, mesh, layout)
+    else:
+        state = jax.jit(parts.init_state, out_shardings=layout)(jax.random.key(config.seed))
     start = int(state["step"])
     if start > config.steps:
         raise ConfigError(
@@ -263,6 +264,20 @@ def _open_source(config: Config) -> Source:
             f"set model.num_classes={source.num_classes}, or 0 to train without labels"
         )
     return source
+
+
+def _started_from(run: Path, parts: Parts, mesh: jax.sharding.Mesh, layout: Any) -> State:
+    """A state at step 0 with the parameters and the EMA of another run's newest checkpoint."""
+    config, state, meta = restore_run(run, mesh)
+    if config.model != parts.config.model:
+        differences = [line for line in config_lib.identity_differences(config, parts.config) if "model." in line]
+        raise CheckpointError(f"init_from {run} holds another model: {', '.join(differences)}")
+    log.info("starting from the weights of %s at step %d", run, meta["step"])
+    wanted = jax.eval_shape(parts.init_state, jax.random.key(0))["params"]
+    params, ema = state["params"], state["ema"]["default"]
+    if jax.tree.structure(params) != jax.tree.structure(wanted):
+        raise CheckpointError(f"init_from {run} has {', '.join(params)}, but this run needs {', '.join(wanted)}")
+    return jax.jit(parts.state_from, out_shardings=layout)(params, ema)
 
 
 def _check_identity(workdir: Path, config: Config) -> None:

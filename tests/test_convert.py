@@ -1,7 +1,10 @@
 """Weights taken out and in by the command, and what a run makes of them."""
 
 import argparse
+import dataclasses
 import json
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_config
+from helpers import make_config, tiny_config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -19,7 +22,8 @@ from sddit_jax.config import METHODS, default_config, resolve, to_dict
 from sddit_jax.convert import export, import_
 from sddit_jax.errors import CheckpointError, UserError, WeightsError
 from sddit_jax.interop.layouts import DIT, MASKDIT, OWN
-from sddit_jax.reporting import read_config, write_config
+from sddit_jax.models.sizes import decode
+from sddit_jax.runs import open_checkpoints, read_config, write_config
 from sddit_jax.state import make_parts
 
 ROOT = Path(__file__).parents[1]
@@ -76,7 +80,8 @@ def test_to_torch_and_back_is_the_same_bits(tmp_path, method, weights):
     export(OWN, run, tmp_path / "model.safetensors", weights)
     import_(OWN, tmp_path / "model.safetensors", tmp_path / "new")
     config_after, trees = read_run(tmp_path / "new")
-    assert config_after == config
+    assert not config_after.ema.warmup
+    assert dataclasses.replace(config_after, ema=config.ema) == config
     expected = state["params"] if weights == "params" else state["ema"]["default"]
     assert_same(trees, {"params": expected, "ema": expected})
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
@@ -155,7 +160,9 @@ def test_a_file_that_does_not_fit_leaves_no_workdir(tmp_path):
     config, file, _, content = maskdit_file(tmp_path)
     del content["ema"]["model.mask_token"]
     torch.save(content, file)
-    with pytest.raises(WeightsError, match=r"missing: model\.mask_token \[1, 1, 16\]"):
+    with pytest.raises(
+        WeightsError, match=r"0000007\.pt, ema does not fit this network:\n  model\.mask_token is missing"
+    ):
         import_(MASKDIT, file, tmp_path / "new", config)
     with pytest.raises(WeightsError, match="2 blocks of width 32: no published model, so --config"):
         import_(MASKDIT, file, tmp_path / "new")
@@ -176,7 +183,15 @@ def test_partial_loads_what_fits_and_starts_the_rest_afresh(tmp_path, caplog):
     assert_same(trees["params"]["encoder"]["cls"], fresh["encoder"]["cls"])
     assert_same(trees["params"]["encoder"]["stack"], state["params"]["encoder"]["stack"])
     assert_same(trees["ema"]["decoder"]["final"], state["ema"]["default"]["decoder"]["final"])
-    assert "too much: model.mask_token" in caplog.text
+    assert "model.mask_token is surplus" in caplog.text
+    assert "8 of the network's 53 tensors are fresh" in caplog.text
+
+
+def test_partial_is_no_excuse_for_a_file_of_something_else(tmp_path):
+    torch.save({"a.weight": torch.ones(3)}, tmp_path / "other.pt")
+    with pytest.raises(WeightsError, match=r"a\.weight is surplus"):
+        import_(MASKDIT, tmp_path / "other.pt", tmp_path / "new", config_dict(tiny_config("maskdit")), partial=True)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_workdir_that_is_not_empty_is_left_alone(tmp_path):
@@ -198,9 +213,69 @@ def test_an_export_that_fails_leaves_the_file_that_was_there(tmp_path):
     with pytest.raises(UserError, match="could not be written"):
         export(OWN, run, output / "model.safetensors", "ema")
     with pytest.raises(UserError, match="one set of weights"):
-        export(OWN, run, output, "both")
+        export(OWN, run, tmp_path / "model.safetensors", "both")
+    with pytest.raises(UserError, match=r"model\.pt should end in \.safetensors"):
+        export(OWN, run, output, "ema")
+    with pytest.raises(UserError, match=r"model\.safetensors should end in \.pth or"):
+        export(DIT, run, tmp_path / "model.safetensors", "ema")
     with pytest.raises(CheckpointError, match="has no checkpoints"):
-        export(OWN, tmp_path / "nothing", output, "ema")
+        export(OWN, tmp_path / "nothing", tmp_path / "model.safetensors", "ema")
+
+
+@pytest.mark.parametrize(("layout", "name"), [(OWN, "model.safetensors"), (DIT, "model.pt")])
+def test_a_full_disk_leaves_what_was_there(tmp_path, layout, name):
+    run, _ = make_run(tmp_path / "run", tiny_config("dit", DIT_CHANGES))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        with pytest.raises(UserError, match="could not be written"):
+            export(layout, run, tmp_path / "out" / name, None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, old)
+    assert [(path.name, path.read_text()) for path in (tmp_path / "out").iterdir()] == [(name, "mine")]
+
+
+def test_a_full_disk_leaves_no_half_imported_run(tmp_path):
+    config, file, _, _ = maskdit_file(tmp_path)
+    before = set(tmp_path.iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        with pytest.raises(CheckpointError, match="new could not be written"):
+            import_(MASKDIT, file, tmp_path / "new", config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, old)
+    assert set(tmp_path.iterdir()) == before
+    import_(MASKDIT, file, tmp_path / "new", config)
+
+
+@pytest.mark.parametrize(("weights", "keys"), [("ema", ["ema"]), ("params", ["model"]), (None, ["model", "ema"])])
+def test_each_choice_of_weights_can_be_read_again(tmp_path, weights, keys):
+    config = tiny_config("maskdit")
+    run, state = make_run(tmp_path / "run", config)
+    export(MASKDIT, run, tmp_path / "a.pt", weights)
+    assert list(torch.load(tmp_path / "a.pt", weights_only=True)) == keys
+    import_(MASKDIT, tmp_path / "a.pt", tmp_path / "new", config_dict(config))
+    expected = {"model": state["params"], "ema": state["ema"]["default"]}
+    assert_same(read_run(tmp_path / "new")[1], {"params": expected[keys[0]], "ema": expected[keys[-1]]})
+
+
+def test_what_a_public_code_would_compute_otherwise_is_said(tmp_path, caplog):
+    changes = {f"model.{key}": value for key, value in decode("S/8").items()} | {"codec.name": "latents"}
+    for heads, sigma_data, scale in ((12, 1.0, 0.5), (6, 0.5, 0.18215)):
+        caplog.clear()
+        more = {"model.heads": heads, "diffusion.sigma_data": sigma_data, "codec.scale": (scale,)}
+        run, _ = make_run(tmp_path / f"run{heads}", make_config("maskdit", changes | more))
+        export(MASKDIT, run, tmp_path / "a.pt", "ema")
+        said = [line for line in caplog.text.splitlines() if "MaskDiT's code will compute something else" in line]
+        assert len(said) == (3 if heads == 12 else 0)
+        assert heads == 6 or "model.heads: 12 -> 6" in caplog.text
 
 
 def test_a_safetensors_file_without_configuration_is_refused(tmp_path):
@@ -208,11 +283,13 @@ def test_a_safetensors_file_without_configuration_is_refused(tmp_path):
     export(OWN, run, tmp_path / "model.safetensors", "ema")
     tensors = load_file(tmp_path / "model.safetensors")
     save_file(tensors, tmp_path / "bare.safetensors")
-    save_file(tensors, tmp_path / "broken.safetensors", {"config": "{"})
+    for name, config in (("broken", "{"), ("list", "[]"), ("unknown", '{"modle": {}}')):
+        save_file(tensors, tmp_path / f"{name}.safetensors", {"config": config})
     with pytest.raises(WeightsError, match="no configuration in its metadata; --config"):
         import_(OWN, tmp_path / "bare.safetensors", tmp_path / "new")
-    with pytest.raises(WeightsError, match="no JSON"):
-        import_(OWN, tmp_path / "broken.safetensors", tmp_path / "new")
+    for name, message in (("broken", "no JSON"), ("list", "is a list, not an object"), ("unknown", "key modle")):
+        with pytest.raises(WeightsError, match=rf"{name}\.safetensors: the configuration in its metadata .*{message}"):
+            import_(OWN, tmp_path / f"{name}.safetensors", tmp_path / "new")
     import_(OWN, tmp_path / "bare.safetensors", tmp_path / "new", config_dict(tiny_config("dit")))
 
 
@@ -226,8 +303,8 @@ def run_command(name, *arguments):
 def test_an_imported_maskdit_is_sampled_from_and_trained_further(tmp_path):
     """As a user does it, all by commands; fine-tuning without a mask, as MaskDiT ends its training."""
     tiny = f"{TINY}:maskdit"
-    first, file, imported = tmp_path / "first", tmp_path / "0000060.pt", tmp_path / "imported"
-    finetune = ("main", f"--config=configs/finetune.py:{imported}", f"--workdir={imported}")
+    first, file, imported, tuned = (tmp_path / name for name in ("first", "0000060.pt", "imported", "tuned"))
+    finetune = ("main", f"--config=configs/finetune.py:{imported}", f"--workdir={tuned}")
     for arguments in (
         ("main", tiny, f"--workdir={first}", "--config.steps=4"),
         ("convert", "to-maskdit", f"--workdir={first}", f"--output={file}"),
@@ -238,11 +315,19 @@ def test_an_imported_maskdit_is_sampled_from_and_trained_further(tmp_path):
         done = run_command(*arguments)
         assert done.returncode == 0, (arguments, done.stderr)
     assert np.load(tmp_path / "out" / "samples.npz")["arr_0"].shape == (4, 8, 8, 1)
-    rows = [json.loads(line) for line in (imported / "metrics.jsonl").read_text().splitlines()]
+    assert f"starting from the weights of {imported} at step 0" in done.stderr
+    # The EMA of six steps is still nearly what was imported; with a warm-up it would be nearly all new.
+    before = open_checkpoints(imported).restore_ema()[0]["default"]
+    after = open_checkpoints(tuned).restore_ema()[0]["default"]
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before, after)
+    assert 0 < max(jax.tree.leaves(moved)) < 6 * 6e-4 * 1e-3
+    rows = [json.loads(line) for line in (tuned / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 6
     assert np.isfinite(rows[-1]["train/loss"])
-    assert "continuing" in done.stderr
-    assert "masking.ratio: 0.5 -> 0.0" in done.stderr
+
+    other = run_command("main", f"{TINY}:dit", f"--config.init_from={imported}", f"--workdir={tmp_path}/other")
+    assert other.returncode == 2
+    assert "holds another model: model.decoder_depth: 1 -> 0" in other.stderr
 
 
 def test_an_imported_dit_samples_by_its_own_ddpm(tmp_path):
@@ -289,11 +374,13 @@ assert (images == again).all()
         ((), "'' is not one of to-torch, to-maskdit, to-dit, from-torch, from-maskdit, from-dit"),
         (("to-pytorch",), "'to-pytorch' is not one of"),
         (("to-torch",), "--workdir=DIR is needed"),
-        (("to-torch", "--workdir=a"), "to-torch is written --workdir=RUN --output=FILE"),
+        (("to-torch", "--workdir=a"), "to-torch is written to-torch --workdir=RUN --output=FILE"),
+        (("to-torch", "--workdir=a", "--output=a.safetensors", "--partial"), "to-torch is written to-torch"),
         (("from-dit", "--workdir=a"), "from-dit is written from-dit FILE --workdir=NEW"),
+        (("from-dit", "a.pt", "--workdir=a", "--weights=ema"), "from-dit is written from-dit FILE --workdir=NEW"),
         (("from-dit", "a.pt", "b.pt", "--workdir=a"), "unexpected arguments b.pt"),
         (("from-dit", "nowhere.pt", "--workdir=a"), "nowhere.pt"),
-        (("to-torch", "--workdir=nowhere", "--output=a"), "nowhere has no checkpoints"),
+        (("to-torch", "--workdir=nowhere", "--output=a.safetensors"), "nowhere has no checkpoints"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(tmp_path, arguments, message):

@@ -18,7 +18,7 @@ from sddit_jax.interop.state_dict import places
 from sddit_jax.models.layers import positions_2d
 from sddit_jax.models.sizes import SIZES
 from sddit_jax.models.transformer import Network
-from sddit_jax.weights.files import FLOATS, Tensor
+from sddit_jax.weights.files import Tensor, misfits, read_finite
 
 # The decoder of MaskDiT's code, the same for every size: depth, width -> heads.
 MASKDIT_DECODERS = {(8, 512): 16}
@@ -145,7 +145,7 @@ MASKDIT = Layout("MaskDiT", "edm", _maskdit_entries, _infer_maskdit, prefix="mod
 DIT = Layout("DiT", "ddpm", _dit_entries, _infer_dit)
 
 
-def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """The shapes of a file's tensors, without the prefix of their names."""
     prefix = shared_prefix(tensors)
     return {name.removeprefix(prefix): tensor.shape for name, tensor in tensors.items()}
@@ -166,42 +166,32 @@ def homeless(layout: Layout, network: Network) -> list[str]:
 
 
 def fit(
-    layout: Layout, network: Network, tensors: Mapping[str, Tensor], *, partial: bool
+    layout: Layout, network: Network, tensors: Mapping[str, Tensor], where: str, *, partial: bool
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """The tensors of a file as arrays of our state_dict, float32, and a line for each that does not fit.
 
-    Raises WeightsError with all the lines if there are any, unless `partial`: then what does not fit is left out.
+    where: names the file. Raises WeightsError with all the lines if there are any, unless `partial`: then what does not
+    fit is left out, and it is an error if nothing is left.
     """
     prefix, entries = shared_prefix(tensors), layout.entries(network)
-    found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    faults = [f"missing: {name}, for which {layout.name} has no place" for name in homeless(layout, network)]
-    faults += [f"missing: {prefix}{name} {list(e.shape)}" for name, e in entries.items() if name not in found]
-    faults += [f"too much: {prefix}{name} {list(found[name].shape)}" for name in found if name not in entries]
+    faults = misfits(tensors, {prefix + name: entry.shape for name, entry in entries.items()})
+    faults |= {name: f"{name} is missing, for which {layout.name} has no place" for name in homeless(layout, network)}
     arrays = {}
     for name, entry in entries.items():
-        if name not in found:
+        full = prefix + name
+        if full in faults:
             continue
-        tensor = found[name]
-        if tensor.shape != entry.shape:
-            faults.append(
-                f"of another shape: {prefix}{name} is {list(tensor.shape)}, but should be {list(entry.shape)}"
-            )
+        array = read_finite(full, tensors[full], faults)
+        if full in faults:
             continue
-        if tensor.dtype not in FLOATS:
-            faults.append(
-                f"of another type: {prefix}{name} is {tensor.dtype}, but should be one of {', '.join(FLOATS)}"
-            )
-            continue
-        array = tensor.read()
-        if not np.isfinite(array).all():
-            faults.append(f"not finite: {prefix}{name}, {int((~np.isfinite(array)).sum())} of its values")
-        elif entry.ours is not None:
+        if entry.ours is not None:
             arrays[entry.ours] = entry.from_file(array)
         elif (off := float(np.abs(array - entry.value).max())) > POSITION_TOLERANCE:
-            faults.append(f"of other values: {prefix}{name} is up to {off:.2g} off the fixed sine-cosine positions")
-    if faults and not partial:
-        raise WeightsError("the file does not fit this network:\n  " + "\n  ".join(faults))
-    return arrays, faults
+            faults[full] = f"{full} is up to {off:.2g} off the fixed sine-cosine positions"
+    lines = list(faults.values())
+    if lines and not (partial and arrays):
+        raise WeightsError(f"{where} does not fit this network:\n  " + "\n  ".join(lines))
+    return arrays, lines
 
 
 def few(names: list[str], most: int = 8) -> str:

@@ -44,18 +44,39 @@ def select(tokens_BND: Tensor, positions_BV: Tensor) -> Tensor:
     return tokens_BND.gather(1, _index(positions_BV, tokens_BND))
 
 
+class PatchEmbedding(nn.Module):
+    """A linear map of each patch, with the weight of a convolution, [D, C, p, p].
+
+    As a matrix product: on GPUs PyTorch computes convolutions in TF32 by default, and matrix products in float32.
+    """
+
+    def __init__(self, channels: int, width: int, patch: int) -> None:
+        super().__init__()
+        self.weight, self.bias = (
+            nn.Parameter(torch.empty(width, channels, patch, patch)),
+            nn.Parameter(torch.empty(width)),
+        )
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, N, D], in raster order."""
+        patch = self.weight.shape[-1]
+        patches_BNP = F.unfold(x_BCHW.to(self.weight.dtype), patch, stride=patch).transpose(1, 2)
+        return F.linear(patches_BNP, self.weight.flatten(1), self.bias)
+
+
 class TimeEmbedding(nn.Module):
     """c_noise [B] -> [B, width]: [cos | sin] at 128 frequencies from 1 to 1/10000, and a two-layer MLP."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.hidden, self.out = nn.Linear(256, width), nn.Linear(width, width)
+        exponents = -math.log(10000) * torch.arange(128, dtype=torch.float32) / 128
+        self.register_buffer("frequencies", exponents.double().exp().float(), persistent=False)
 
     def forward(self, c_noise_B: Tensor) -> Tensor:
         """In the dtype of the weights, which stays float32 when the rest is bfloat16."""
-        frequencies = (-math.log(10000) * torch.arange(128, dtype=torch.float32) / 128).double().exp().float()
-        angles = c_noise_B[:, None] * frequencies.to(c_noise_B)
-        embedded = torch.cat([angles.cos(), angles.sin()], dim=1).to(self.out.weight.dtype)
+        angles = c_noise_B.to(self.frequencies.dtype)[:, None] * self.frequencies
+        embedded = torch.cat([angles.cos(), angles.sin()], dim=1)
         return self.out(F.silu(self.hidden(embedded)))
 
 
@@ -170,7 +191,7 @@ class Encoder(nn.Module):
 
     def __init__(self, m: SimpleNamespace) -> None:
         super().__init__()
-        self.patch = nn.Conv2d(m.channels, m.width, m.patch, stride=m.patch)
+        self.patch = PatchEmbedding(m.channels, m.width, m.patch)
         self.time = TimeEmbedding(m.width)
         self.label = LabelEmbedding(m.num_classes, m.width, m.null_label) if m.num_classes else None
         self.cls = nn.Parameter(torch.empty(m.width)) if m.cls_token else None
@@ -183,7 +204,7 @@ class Encoder(nn.Module):
         if self.label is not None:
             condition_BD = condition_BD + self.label(label_B)
         dtype = self.patch.weight.dtype
-        embedded_BND = self.patch(x_BCHW.to(dtype)).flatten(2).transpose(1, 2) + self.positions.to(dtype)
+        embedded_BND = self.patch(x_BCHW) + self.positions.to(dtype)
         tokens = embedded_BND if visible_BV is None else select(embedded_BND, visible_BV)
         if self.cls is None:
             return Encoded(None, self.stack(tokens, condition_BD), embedded_BND, condition_BD)
@@ -293,7 +314,7 @@ class SDDiT(nn.Module):
         return self.decoder(self.encoder(x_BCHW, c_noise_B, label_B, visible_BV), visible_BV)
 
     def forward(self, x_BCHW: Tensor, sigma_B: Tensor, label_B: Tensor, visible_BV: Tensor | None = None) -> Tensor:
-        """D(x; sigma), the denoised image, for x = x0 + sigma * eps; float32."""
+        """D(x; sigma), the denoised image in x's dtype, for x = x0 + sigma * eps; float32 is meant for both."""
         return self.guided(x_BCHW, sigma_B, label_B, 1.0, visible_BV=visible_BV)
 
     def guided(
@@ -325,15 +346,14 @@ def load(path: str | PathLike[str], dtype: torch.dtype = torch.float32, device: 
     """
     from safetensors import safe_open
 
-    with safe_open(path, framework="pt", device=device) as file:
+    with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if "config" not in metadata:
         raise ValueError(f"{path} has no configuration in its metadata; write it with `python -m sddit_jax.convert`")
-    with torch.device(device):
-        network = SDDiT(json.loads(metadata["config"], object_hook=lambda section: SimpleNamespace(**section)))
+    network = SDDiT(json.loads(metadata["config"], object_hook=lambda section: SimpleNamespace(**section)))
     network.load_state_dict(tensors)
-    return cast(network, dtype).eval()
+    return cast(network, dtype).to(device).eval()
 
 
 def cast(network: SDDiT, dtype: torch.dtype) -> SDDiT:
@@ -378,18 +398,24 @@ def sample(
     """Images of the given labels by EDM's Heun sampler; what is left out is the run's setting.
 
     Of a network of pixels uint8 [B, H, W, C]; of a network of latents float32 [B, C, H, W], as the autoencoder's
-    decoder takes them. noise_BCHW: unit normal, instead of the seed's.
+    decoder takes them. labels: 0 to num_classes, which is the null label. noise_BCHW: unit normal, instead of the
+    seed's. Raises ValueError for other labels, and without `steps` for a run whose own sampler is another.
     """
     c, m = network.config, network.config.model
     settings = c.sampling
+    if steps is None and settings.solver != "heun":
+        raise ValueError(f"the run samples by {settings.solver}, and here it is Heun's method: give steps, such as 40")
     steps = settings.steps if steps is None else steps
     guidance = settings.guidance if guidance is None else guidance
     guidance_channels = settings.guidance_channels if guidance_channels is None else guidance_channels
     device = network.encoder.time.out.weight.device
-    label_B = torch.as_tensor(labels, device=device)
+    label_B = torch.as_tensor(labels).long()
+    if label_B.ndim != 1 or not ((label_B >= 0) & (label_B <= m.num_classes)).all() or steps < 1:
+        raise ValueError(f"labels {labels}, steps {steps}: labels are 0 to {m.num_classes}, steps at least 1")
     if noise_BCHW is None:
         shape = (len(label_B), m.channels, m.image_size, m.image_size)
-        noise_BCHW = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        noise_BCHW = torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu")
+    label_B = label_B.to(device)
 
     def denoise(x_BCHW: Tensor, sigma: float) -> Tensor:
         sigma_B = torch.full((len(x_BCHW),), sigma, device=device, dtype=x_BCHW.dtype)
@@ -408,7 +434,8 @@ def sample(
 class Teacher:
     """The EMA encoder and head, and for "patch" and "cls" the centers [M, K] and the temperature of the softmax.
 
-    M is 1, or one row for each position (patch) and for each label, the null label too (cls).
+    M is 1, or one row for each position (patch) and for each label, the null label too (cls). With `standardise` the
+    temperature is the scheduled one times sqrt(variance + 1e-8).
     """
 
     encoder: Encoder
@@ -489,8 +516,11 @@ def training_losses(
     """The unweighted losses of the configured method by name, and "total", their weighted sum.
 
     label_B: after label dropout. visible_BV: int64 positions, each image's in any order; None if the mask ratio is 0.
+    Raises ValueError if an objective lacks what it needs.
     """
     c, o = network.config, network.config.objectives
+    if (o.discrimination.weight and teacher is None) or (o.reconstruction.weight and visible_BV is None):
+        raise ValueError("discrimination needs a teacher, and reconstruction a mask (visible_BV)")
     noised = x0_BCHW + sigma_B[:, None, None, None] * eps_BCHW
     skip, out, in_, c_noise = preconditioning(c.diffusion, sigma_B)
     encoded = network.encoder(in_[:, None, None, None] * noised, c_noise, label_B, visible_BV)

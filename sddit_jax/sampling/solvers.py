@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from sddit_jax.diffusion import DDPM
-from sddit_jax.errors import ConfigError
 from sddit_jax.sampling.guidance import Denoise, Output
 
 
@@ -21,12 +20,14 @@ def noise_levels(steps: int, sigma_min: float, sigma_max: float, rho: float) -> 
 def respaced_levels(steps: int, diffusion: DDPM) -> np.ndarray:
     """`steps` of DDPM's own noise levels, evenly spaced from the last to the first, then 0: float32 [steps + 1].
 
-    Raises ConfigError if there are not as many.
+    Rounded as in DiT's code, which adds up the stride from 0; one step starts at the last level.
     """
-    if steps > diffusion.steps:
-        raise ConfigError(f"sampling.steps is {steps}, but ddpm has {diffusion.steps} noise levels")
-    chosen = np.rint(np.linspace(diffusion.steps - 1, 0, steps)).astype(int)
-    return np.append(diffusion.sigmas[chosen], np.float32(0))
+    if steps == 1:
+        chosen = np.array([diffusion.steps - 1])
+    else:
+        stride = (diffusion.steps - 1) / (steps - 1)
+        chosen = np.rint(np.cumsum([0.0, *[stride] * (steps - 1)])).astype(int)
+    return np.append(diffusion.sigmas[chosen][::-1], np.float32(0))
 
 
 def heun(denoise: Denoise, noise_BHWC: jax.Array, sigmas: np.ndarray) -> jax.Array:

@@ -179,6 +179,27 @@ def _reason(torch: ModuleType, error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else 'no more is known'}"
 
 
+def misfits(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """What is wrong with a file's tensors where those of `shapes` are wanted, by name, one line each."""
+    found = {name: f"{name} is missing" for name in shapes if name not in tensors}
+    for name, tensor in tensors.items():
+        if name not in shapes:
+            found[name] = f"{name} is surplus"
+        elif tensor.shape != shapes[name]:
+            found[name] = f"{name} has the shape {list(tensor.shape)} instead of {list(shapes[name])}"
+        elif tensor.dtype not in FLOATS:
+            found[name] = f"{name} is {tensor.dtype} instead of float32, float16 or bfloat16"
+    return found
+
+
+def read_finite(name: str, tensor: Tensor, faults: dict[str, str]) -> np.ndarray:
+    """The values as float32; a line in `faults` if they are not all finite."""
+    values = tensor.read()
+    if bad := int((~np.isfinite(values)).sum()):
+        faults[name] = f"{name} has {bad} values that are not finite"
+    return values
+
+
 def fill(
     shapes: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
@@ -196,32 +217,24 @@ def fill(
     """
     leaves = flax.traverse_util.flatten_dict(shapes, sep="/")
     names = {path: name_of(path) for path in leaves}
-    faults = [f"{name} is missing" for name in names.values() if name not in tensors]
-    faults += [f"{name} is surplus" for name in tensors if name not in set(names.values())]
-    for path, leaf in leaves.items():
-        name = names[path]
-        if name not in tensors:
-            continue
-        shape = tensors[name].shape
-        wanted = tuple(leaf.shape[axis] for axis in _TO_TORCH[leaf.ndim])
-        if shape != wanted and not (leaf.ndim == 2 and shape == (*wanted, 1, 1)):
-            faults.append(f"{name} has the shape {list(shape)} instead of {list(wanted)}")
-        if tensors[name].dtype not in FLOATS:
-            faults.append(f"{name} is {tensors[name].dtype} instead of float32, float16 or bfloat16")
-    if faults:
-        raise WeightsError(f"{where} does not fit: {'; '.join(faults)}")
+
+    def wanted(path: str, leaf: Any) -> tuple[int, ...]:
+        shape = tuple(leaf.shape[axis] for axis in _TO_TORCH[leaf.ndim])
+        convolution = leaf.ndim == 2 and names[path] in tensors and tensors[names[path]].shape == (*shape, 1, 1)
+        return (*shape, 1, 1) if convolution else shape
+
+    if faults := misfits(tensors, {names[path]: wanted(path, leaf) for path, leaf in leaves.items()}):
+        raise WeightsError(f"{where} does not fit: {'; '.join(faults.values())}")
 
     def values(path: str) -> np.ndarray:
         shape = leaves[path].shape
         order = _TO_TORCH[len(shape)]
-        value = tensors[names[path]].read().reshape([shape[axis] for axis in order])
-        if not np.isfinite(value).all():
-            faults.append(f"{names[path]} has values that are not finite")
+        value = read_finite(names[path], tensors[names[path]], faults).reshape([shape[axis] for axis in order])
         return np.array(value.transpose(np.argsort(order)), order="C")
 
     filled = {path: values(path) for path in leaves}
     if faults:
-        raise WeightsError(f"{where} is damaged: {'; '.join(faults)}")
+        raise WeightsError(f"{where} is damaged: {'; '.join(faults.values())}")
     return flax.traverse_util.unflatten_dict(filled, sep="/")
 
 

@@ -7,7 +7,7 @@ from helpers import make_config, tiny_config
 
 from sddit_jax.config import resolve
 from sddit_jax.errors import WeightsError
-from sddit_jax.interop.layouts import DIT, MASKDIT, OWN, fit, homeless, shapes, shared_prefix
+from sddit_jax.interop.layouts import DIT, MASKDIT, OWN, fit, homeless, shapes_of, shared_prefix
 from sddit_jax.interop.state_dict import to_state_dict
 from sddit_jax.models.sizes import PATCHES, SIZES, decode
 from sddit_jax.models.transformer import Network
@@ -146,8 +146,8 @@ def test_prefixes_of_wrappers_are_passed_over(prefix):
     network, params = tiny()
     file = {prefix + key.removeprefix("model."): value for key, value in as_file(MASKDIT, network, params).items()}
     assert shared_prefix(file) == prefix
-    assert shapes(file)["pos_embed"] == (1, 16, 32)
-    arrays, faults = fit(MASKDIT, network, file, partial=False)
+    assert shapes_of(file)["pos_embed"] == (1, 16, 32)
+    arrays, faults = fit(MASKDIT, network, file, "a.pt", partial=False)
     assert not faults
     for key, array in to_state_dict(params, network).items():
         np.testing.assert_array_equal(arrays[key].reshape(array.shape), array)
@@ -163,18 +163,18 @@ def test_all_that_does_not_fit_is_listed_by_name():
     file["model.t_embedder.mlp.2.bias"] = tensor(np.array([np.nan] * 2 + [0] * 30, np.float32))
     file["model.pos_embed"] = tensor(file["model.pos_embed"].read() + 0.1)
     expected = [
-        "missing: model.mask_token [1, 1, 16]",
-        "too much: model.cls_token [1, 1, 32]",
-        "of another shape: model.x_embedder.proj.bias is [31], but should be [32]",
-        "of another type: model.t_embedder.mlp.0.bias is int64, but should be one of",
-        "not finite: model.t_embedder.mlp.2.bias, 2 of its values",
-        "of other values: model.pos_embed is up to 0.1 off the fixed sine-cosine positions",
+        "model.mask_token is missing",
+        "model.cls_token is surplus",
+        "model.x_embedder.proj.bias has the shape [31] instead of [32]",
+        "model.t_embedder.mlp.0.bias is int64 instead of float32, float16 or bfloat16",
+        "model.t_embedder.mlp.2.bias has 2 values that are not finite",
+        "model.pos_embed is up to 0.1 off the fixed sine-cosine positions",
     ]
     with pytest.raises(WeightsError) as error:
-        fit(MASKDIT, network, file, partial=False)
+        fit(MASKDIT, network, file, "a.pt", partial=False)
     for line in expected:
         assert line in str(error.value)
-    arrays, faults = fit(MASKDIT, network, file, partial=True)
+    arrays, faults = fit(MASKDIT, network, file, "a.pt", partial=True)
     assert len(faults) == len(expected)
     left_out = {"decoder.mask_token", "encoder.patch.bias", "encoder.time.hidden.bias", "encoder.time.out.bias"}
     assert to_state_dict(params, network).keys() - arrays.keys() == left_out
@@ -185,7 +185,7 @@ def test_a_file_of_half_precision_is_widened():
     half = {
         key: tensor(value.read().astype(np.float16)) for key, value in as_file(MASKDIT, network, params).items()
     }  # positions rounded too
-    arrays, _ = fit(MASKDIT, network, half, partial=False)
+    arrays, _ = fit(MASKDIT, network, half, "a.pt", partial=False)
     for key, array in to_state_dict(params, network).items():
         np.testing.assert_array_equal(arrays[key].reshape(array.shape), array.astype(np.float16).astype(np.float32))
 

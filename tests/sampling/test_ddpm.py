@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import random_params, tiny_config
+from helpers import make_config, random_params, tiny_config
 
 from sddit_jax.codec import LatentCodec
 from sddit_jax.diffusion import DDPM
@@ -95,15 +95,21 @@ class TestLevels:
     def test_all_steps_are_the_table(self):
         np.testing.assert_array_equal(respaced_levels(1000, DDPM()), [*DDPM().sigmas[::-1], 0])
 
-    def test_one_step_is_one_level(self):
-        first, last = respaced_levels(1, DDPM())
-        assert first in DDPM().sigmas
-        assert last == 0
+    def test_one_step_is_the_last_level(self):
+        np.testing.assert_array_equal(respaced_levels(1, DDPM()), [DDPM().sigmas[-1], 0])
+
+    def test_every_number_of_steps_is_rounded_as_in_dits_code(self):
+        for steps in range(2, 1001):
+            stride, position, chosen = 999 / (steps - 1), 0.0, []
+            for _ in range(steps):
+                chosen.append(round(position))
+                position += stride
+            np.testing.assert_array_equal(respaced_levels(steps, DDPM())[:-1], DDPM().sigmas[chosen][::-1])
 
     @pytest.mark.parametrize("steps", [1001, 4000])
     def test_more_than_there_are(self, steps):
         with pytest.raises(ConfigError, match=rf"sampling\.steps is {steps}, but ddpm has 1000"):
-            respaced_levels(steps, DDPM())
+            make_config("dit", {"diffusion.name": "ddpm", "sampling.solver": "ddim", "sampling.steps": steps})
 
 
 @pytest.mark.parametrize("learnt", [True, False])

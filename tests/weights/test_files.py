@@ -181,7 +181,7 @@ def test_fill_names_every_fault(tmp_path):
 
 def test_values_that_are_not_finite_are_named(tmp_path):
     save(tmp_path / "x.pth", {"a": torch.tensor([1.0, np.nan]), "b": torch.tensor([np.inf]), "c": torch.ones(1)})
-    with pytest.raises(WeightsError, match="is damaged: a has values that are not finite; b has values"):
+    with pytest.raises(WeightsError, match="is damaged: a has 1 values that are not finite; b has 1 values"):
         fill({"a": shape(2), "b": shape(1), "c": shape(1)}, open_tensors(tmp_path / "x.pth"), str, "x.pth")
 
 
