@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sddit_jax.data.loader import make_loader
-from sddit_jax.data.sources import open_source
+from sddit_jax.data.sources import ImageSource, open_source
 from sddit_jax.errors import DataError
 
 
@@ -25,6 +25,8 @@ class Numbers:
         self.reads.append(index)
         image = np.array([[[0], [255]]], np.uint8)
         return {"image": image, "label": np.int32(index % 10), "index": np.int64(index)}
+
+    read = ImageSource.read
 
 
 def loader(source, batch_size, rows=None, *, seed=0, step=0, flip=True, threads=0, prefetch=0):

@@ -1,0 +1,164 @@
+"""Latents as a source: from their shards, or all from memory."""
+
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
+
+from sddit_jax.data.shards import FORMAT, INDEX, Moments, RecordLayout, digest_of, read_json
+from sddit_jax.errors import DataError
+
+# For random access: the default reads 16 MB ahead.
+_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+_BUFFER_BYTES = 1 << 15
+_READ_AT_ONCE = 256
+_AGAIN = "delete it and run the same `python -m sddit_jax.prepare` again"
+
+
+class LatentsSource:
+    """The `Source` of a folder of latents: from its shards, or with `in_memory` from one array that holds all.
+
+    Attributes, beside those of `Source`:
+      codec: the record of the autoencoder.
+      statistics: {mean, std}, each a value per channel, of latents as diffusion sees them: shifted and scaled.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        split: str,
+        image_shape: tuple[int, int, int],
+        *,
+        in_memory: bool = False,
+        verify: bool = False,
+        num_threads: int = 16,
+    ) -> None:
+        """Opens the shards.
+
+        in_memory: loads them all: two mirror images at 256 pixels take 32 KiB, and 1.28 million of these 42 GB.
+        verify: compares the checksum of each shard first. Without it a damaged record is still found when it is read,
+          but not a shard that has been exchanged for another of the same size.
+        num_threads: of loading and verifying.
+
+        Raises:
+          DataError: a file is missing, damaged or does not match the others, or the latents are not those asked for.
+        """
+        index = read_json(path / INDEX)
+        with _undamaged(path / INDEX):
+            if index["format"] != FORMAT:
+                raise DataError(
+                    f"{path} has the format {index['format']}; this version reads {FORMAT}: prepare it again"
+                )
+            shape, found = tuple(index["latent_shape"]), re.match(r"\w*", index["source_split"])[0]
+            self._layout = RecordLayout(shape)
+            self._paths = [path / shard["name"] for shard in index["shards"]]
+            counts, sizes, digests = (
+                [shard[key] for shard in index["shards"]] for key in ("records", "bytes", "sha256")
+            )
+            self._ends = np.cumsum(counts)
+            self.codec, self.statistics = dict(index["codec"]), dict(index["statistics"])
+            self.class_names = tuple(index["class_names"])
+        if split != found:
+            raise DataError(f"latents {path}: no split {split!r}; these are of {found!r}")
+        if image_shape != shape:
+            raise DataError(
+                f"latents {path}: image_size={image_shape[0]}, channels={image_shape[2]}; the latents are "
+                f"image_size={shape[0]}, channels={shape[2]}"
+            )
+        self.name = f"latents:{path}[{split}]"
+        self.num_classes = len(self.class_names)
+        self.image_shape = image_shape
+        self.bad_files: dict[str, str] = {}
+
+        with ThreadPoolExecutor(num_threads) as pool:
+            self._readers = list(pool.map(_open_shard, self._paths, counts, sizes))
+            if verify:
+                list(pool.map(_verify, self._paths, digests))
+            self._memory = self._load(pool) if in_memory else None
+
+    def __len__(self) -> int:
+        """Number of records."""
+        return int(self._ends[-1])
+
+    def read(self, indices_b: np.ndarray, mirrored_b: np.ndarray) -> dict[str, np.ndarray]:
+        """{moments: float16 [b, 2 (mean, std), h, w, c], label: int32 [b], index: int64 [b]} of records int64 [b].
+
+        mirrored_b: bool [b], whose mirror images' moments. index: the image's number in the source of the latents.
+
+        Raises:
+          DataError: a shard is damaged or has vanished.
+        """
+        if self._memory is not None:
+            halves, label_N, index_N = self._memory
+            taken = halves.take(2 * indices_b + mirrored_b, axis=0)
+            label_b, index_b = label_N[indices_b], index_N[indices_b]
+        else:
+            taken = np.empty((len(indices_b), self._layout.half_bytes), np.uint8)
+            label_b, index_b = np.empty(len(indices_b), np.int32), np.empty(len(indices_b), np.int64)
+            shard_b = np.searchsorted(self._ends, indices_b, side="right")
+            for shard in np.unique(shard_b).tolist():
+                rows = np.flatnonzero(shard_b == shard)
+                places = indices_b[rows] - (self._ends[shard - 1] if shard else 0)
+                records, label_b[rows], index_b[rows] = self._records(shard, places.tolist())
+                for row, record, mirrored in zip(rows.tolist(), records, mirrored_b[rows].tolist(), strict=True):
+                    taken[row] = self._layout.half(record, mirrored)
+        moments = taken.view("<f2").reshape(-1, 2, *self.image_shape)
+        return {"moments": moments, "label": label_b, "index": index_b}
+
+    def _records(self, shard: int, places: list[int]) -> tuple[list[bytes], np.ndarray, np.ndarray]:
+        """Records of a shard, with their label and index."""
+        try:
+            records = self._readers[shard].read(places)
+            return records, *self._layout.labels(records)
+        except (RuntimeError, ValueError) as error:  # RuntimeError is what ArrayRecord raises for all that it meets.
+            raise DataError(f"{self._paths[shard]} is damaged: {error}; {_AGAIN}") from error
+
+    def _load(self, pool: ThreadPoolExecutor) -> Moments:
+        """All halves, uint8 [2 N, bytes], with label [N] and index [N]."""
+        halves = np.empty((2 * len(self), self._layout.half_bytes), np.uint8)
+        label_N, index_N = np.empty(len(self), np.int32), np.empty(len(self), np.int64)
+
+        def load(shard: int) -> None:
+            start = int(self._ends[shard - 1]) if shard else 0
+            for first in range(start, int(self._ends[shard]), _READ_AT_ONCE):
+                rows = range(first, min(first + _READ_AT_ONCE, int(self._ends[shard])))
+                at = slice(rows.start, rows.stop)
+                records, label_N[at], index_N[at] = self._records(shard, [row - start for row in rows])
+                for row, record in zip(rows, records, strict=True):
+                    halves[2 * row] = self._layout.half(record, False)
+                    halves[2 * row + 1] = self._layout.half(record, True)
+
+        list(pool.map(load, range(len(self._paths))))
+        return halves, label_N, index_N
+
+
+def _open_shard(path: Path, count: int, size: int) -> ArrayRecordReader:
+    """A reader, after comparing the shard with what latents.json says."""
+    try:
+        actual = path.stat().st_size
+        reader = ArrayRecordReader(str(path), _OPTIONS, file_reader_buffer_size=_BUFFER_BYTES)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{path} cannot be read: {error}; {_AGAIN}") from error
+    if (actual, reader.num_records()) != (size, count):
+        raise DataError(
+            f"{path} has {reader.num_records()} records and {actual} bytes instead of {count} and {size}; {_AGAIN}"
+        )
+    return reader
+
+
+def _verify(path: Path, digest: str) -> None:
+    if digest_of(path)[1] != digest:
+        raise DataError(f"{path} is not what was written: its SHA-256 is not the one in {INDEX}; {_AGAIN}")
+
+
+@contextmanager
+def _undamaged(path: Path) -> Iterator[None]:
+    """Turns what the values of a damaged JSON file raise into a DataError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{path} is damaged: {type(error).__name__}: {error}") from error
