@@ -15,7 +15,6 @@ from sddit_jax.errors import DataError
 # For random access: the default reads 16 MB ahead.
 _OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 _BUFFER_BYTES = 1 << 15
-_READ_AT_ONCE = 256
 _AGAIN = "delete it and run the same `python -m sddit_jax.prepare` again"
 
 
@@ -56,10 +55,9 @@ class LatentsSource:
             shape, found = tuple(index["latent_shape"]), re.match(r"\w*", index["source_split"])[0]
             self._layout = RecordLayout(shape)
             self._paths = [path / shard["name"] for shard in index["shards"]]
-            counts, sizes, digests = (
-                [shard[key] for shard in index["shards"]] for key in ("records", "bytes", "sha256")
-            )
-            self._ends = np.cumsum(counts)
+            self._counts = np.array([shard["records"] for shard in index["shards"]], np.int64)
+            sizes, digests = ([shard[key] for shard in index["shards"]] for key in ("bytes", "sha256"))
+            self._ends = np.cumsum(self._counts)
             self.codec, self.statistics = dict(index["codec"]), dict(index["statistics"])
             self.class_names = tuple(index["class_names"])
         if split != found:
@@ -75,7 +73,7 @@ class LatentsSource:
         self.bad_files: dict[str, str] = {}
 
         with ThreadPoolExecutor(num_threads) as pool:
-            self._readers = list(pool.map(_open_shard, self._paths, counts, sizes))
+            self._readers = list(pool.map(_open_shard, self._paths, self._counts.tolist(), sizes))
             if verify:
                 list(pool.map(_verify, self._paths, digests))
             self._memory = self._load(pool) if in_memory else None
@@ -98,24 +96,27 @@ class LatentsSource:
             label_b, index_b = label_N[indices_b], index_N[indices_b]
         else:
             taken = np.empty((len(indices_b), self._layout.half_bytes), np.uint8)
-            label_b, index_b = np.empty(len(indices_b), np.int32), np.empty(len(indices_b), np.int64)
             shard_b = np.searchsorted(self._ends, indices_b, side="right")
-            for shard in np.unique(shard_b).tolist():
-                rows = np.flatnonzero(shard_b == shard)
-                places = indices_b[rows] - (self._ends[shard - 1] if shard else 0)
-                records, label_b[rows], index_b[rows] = self._records(shard, places.tolist())
-                for row, record, mirrored in zip(rows.tolist(), records, mirrored_b[rows].tolist(), strict=True):
-                    taken[row] = self._layout.half(record, mirrored)
+            place_b = indices_b - (self._ends - self._counts)[shard_b]
+            ends = []
+            # One by one: ArrayRecord's own reading of several is slower, and leaves the cache behind.
+            where = zip(shard_b.tolist(), place_b.tolist(), mirrored_b.tolist(), strict=True)
+            for row, (shard, place, mirrored) in enumerate(where):
+                record = self._record(shard, place)
+                taken[row] = self._layout.half(record, mirrored)
+                ends.append(record[-self._layout.end_bytes :])
+            label_b, index_b = self._layout.labels(ends)
         moments = taken.view("<f2").reshape(-1, 2, *self.image_shape)
         return {"moments": moments, "label": label_b, "index": index_b}
 
-    def _records(self, shard: int, places: list[int]) -> tuple[list[bytes], np.ndarray, np.ndarray]:
-        """Records of a shard, with their label and index."""
+    def _record(self, shard: int, place: int) -> bytes:
+        """A record of a shard. Raises DataError if it is not what it should be."""
         try:
-            records = self._readers[shard].read(places)
-            return records, *self._layout.labels(records)
+            record = self._readers[shard].read([place])[0]
+            self._layout.check(record)
         except (RuntimeError, ValueError) as error:  # RuntimeError is what ArrayRecord raises for all that it meets.
             raise DataError(f"{self._paths[shard]} is damaged: {error}; {_AGAIN}") from error
+        return record
 
     def _load(self, pool: ThreadPoolExecutor) -> Moments:
         """All halves, uint8 [2 N, bytes], with label [N] and index [N]."""
@@ -123,14 +124,14 @@ class LatentsSource:
         label_N, index_N = np.empty(len(self), np.int32), np.empty(len(self), np.int64)
 
         def load(shard: int) -> None:
-            start = int(self._ends[shard - 1]) if shard else 0
-            for first in range(start, int(self._ends[shard]), _READ_AT_ONCE):
-                rows = range(first, min(first + _READ_AT_ONCE, int(self._ends[shard])))
-                at = slice(rows.start, rows.stop)
-                records, label_N[at], index_N[at] = self._records(shard, [row - start for row in rows])
-                for row, record in zip(rows, records, strict=True):
-                    halves[2 * row] = self._layout.half(record, False)
-                    halves[2 * row + 1] = self._layout.half(record, True)
+            start, stop = int(self._ends[shard] - self._counts[shard]), int(self._ends[shard])
+            ends = []
+            for row in range(start, stop):
+                record = self._record(shard, row - start)
+                for mirrored in (False, True):
+                    halves[2 * row + mirrored] = self._layout.half(record, mirrored)
+                ends.append(record[-self._layout.end_bytes :])
+            label_N[start:stop], index_N[start:stop] = self._layout.labels(ends)
 
         list(pool.map(load, range(len(self._paths))))
         return halves, label_N, index_N

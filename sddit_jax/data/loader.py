@@ -35,7 +35,8 @@ def make_loader(
       seed: of the order and of the flips, in [0, 2**64).
       start_step: the step of the first batch; nothing before it is read.
       flip: mirrors each record left to right with probability 1/2.
-      num_threads: reading threads; each prepares a whole batch. 0 reads in the caller.
+      num_threads: reading threads; each prepares a whole batch. 0 reads in the caller; latents in memory are read
+        fastest by one.
       prefetch: batches prepared ahead of the caller, hence the most threads that can be busy.
 
     Returns:

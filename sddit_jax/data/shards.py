@@ -99,36 +99,41 @@ class RecordLayout:
     def __init__(self, latent_shape: tuple[int, int, int]) -> None:
         self.shape = (2, 2, *latent_shape)
         self.half_bytes = 4 * int(np.prod(latent_shape))
-        end = _end(0, 0)
-        record = _field(1, _feature(b"moments", 1, bytes(2 * self.half_bytes)) + end)
+        label, index = (_feature(name, 3, _varint(0, _VARINT_BYTES)) for name in (b"label", b"index"))
+        record = _field(1, _feature(b"moments", 1, bytes(2 * self.half_bytes)) + label + index)
         self.size = len(record)
-        self._start = record[: -2 * self.half_bytes - len(end)]
-        self._end = np.frombuffer(end, np.uint8)
-        label_end = len(end) - len(_feature(b"index", 3, _varint(0, _VARINT_BYTES)))
-        self._label = slice(label_end - _VARINT_BYTES, label_end)
-        self._index = slice(len(end) - _VARINT_BYTES, len(end))
-        self._fixed = np.ones(len(end), bool)
-        self._fixed[self._label] = self._fixed[self._index] = False
+        self.end_bytes = len(label + index)
+        self._start = record[: -2 * self.half_bytes - self.end_bytes]
+        # What comes before a value, and where.
+        self._heads = (
+            (self._start, 0),
+            (label[:-_VARINT_BYTES], self.size - self.end_bytes),
+            (index[:-_VARINT_BYTES], self.size - len(index)),
+        )
+        self._label = slice(len(label) - _VARINT_BYTES, len(label))
+        self._index = slice(self.end_bytes - _VARINT_BYTES, self.end_bytes)
 
     def pack(self, moments: np.ndarray, label: int, index: int) -> bytes:
         """The record of moments [2 (mirrored), 2 (mean, std), h, w, c], a label and an image's number."""
-        return self._start + moments.astype("<f2", copy=False).tobytes() + _end(label, index)
+        end = zip((b"label", b"index"), (label, index), strict=True)
+        features = [_feature(name, 3, _varint(int(value), _VARINT_BYTES)) for name, value in end]
+        return b"".join([self._start, moments.astype("<f2", copy=False).tobytes(), *features])
+
+    def check(self, record: bytes) -> None:
+        """Raises ValueError for a record of another layout."""
+        if len(record) != self.size or not all(record.startswith(head, at) for head, at in self._heads):
+            raise ValueError(f"a record is not that of moments {list(self.shape)}, label and index")
 
     def half(self, record: bytes, mirrored: bool) -> np.ndarray:
         """The uint8 bytes of mean and standard deviation, float16 [2, h, w, c], of the image or its mirror image."""
         return np.frombuffer(record, np.uint8, self.half_bytes, len(self._start) + mirrored * self.half_bytes)
 
-    def labels(self, records: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """label int32 [b] and index int64 [b]. Raises ValueError for bytes of another layout."""
-        if not all(len(record) == self.size and record.startswith(self._start) for record in records):
-            raise ValueError(f"a record is not that of moments {list(self.shape)}")
-        size = len(self._end)
-        ends = np.frombuffer(b"".join(record[-size:] for record in records), np.uint8).reshape(-1, size)
-        if (ends[:, self._fixed] != self._end[None, self._fixed]).any():
-            raise ValueError("a record has no label and index where they should be")
+    def labels(self, ends: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """label int32 [b] and index int64 [b] from the last `end_bytes` bytes of records."""
+        end_bX = np.frombuffer(b"".join(ends), np.uint8).reshape(-1, self.end_bytes)
         powers = 128 ** np.arange(_VARINT_BYTES)
-        label, index = ((ends[:, at] & 127).astype(np.int64) @ powers for at in (self._label, self._index))
-        return label.astype(np.int32), index
+        label_b, index_b = ((end_bX[:, at] & 127).astype(np.int64) @ powers for at in (self._label, self._index))
+        return label_b.astype(np.int32), index_b
 
 
 def _varint(value: int, width: int = 1) -> bytes:
@@ -145,13 +150,6 @@ def _field(number: int, content: bytes) -> bytes:
 def _feature(name: bytes, kind: int, value: bytes) -> bytes:
     """An entry of a tf.train.Example. kind: 1 for bytes, 3 for integers."""
     return _field(1, _field(1, name) + _field(2, _field(kind, _field(1, value))))
-
-
-def _end(label: int, index: int) -> bytes:
-    """What follows a record's moments."""
-    return b"".join(
-        _feature(name, 3, _varint(int(value), _VARINT_BYTES)) for name, value in ((b"label", label), (b"index", index))
-    )
 
 
 def begin(folder: Path, plan: Plan) -> None:
