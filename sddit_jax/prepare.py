@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def prepare(
     progress = Progress(total, total - left, primary=process_index == 0, unit="image")
     began = time.monotonic()
 
-    with stop_signals() as signals, ThreadPoolExecutor(num_threads) as pool:
+    with stop_signals() as signals, closing(progress), ThreadPoolExecutor(num_threads) as pool:
 
         def check_signals() -> None:
             if signals:
@@ -152,7 +153,8 @@ def prepare(
             batches = _encoded(encode, _batches(source, read, plan.batch_size, bad_files))
             shards.write_shard(output, plan, shard, watched(batches, done, images.start), bad_files)
             done += len(images)
-        progress.close()
+        if shards.unfinished(output, plan):
+            log.info("process %d has written its shards, and waits for the others", process_index)
         while shards.unfinished(output, plan):
             check_signals()
             time.sleep(1)

@@ -1,6 +1,5 @@
 """Latents as a source: from their shards, or all from memory."""
 
-import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -52,7 +51,7 @@ class LatentsSource:
                 raise DataError(
                     f"{path} has the format {index['format']}; this version reads {FORMAT}: prepare it again"
                 )
-            shape, found = tuple(index["latent_shape"]), re.match(r"\w*", index["source_split"])[0]
+            shape, found = tuple(index["latent_shape"]), index["split"]
             self._layout = RecordLayout(shape)
             self._paths = [path / shard["name"] for shard in index["shards"]]
             self._counts = np.array([shard["records"] for shard in index["shards"]], np.int64)

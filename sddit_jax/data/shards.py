@@ -33,6 +33,7 @@ FORMAT = 1
 INDEX = "latents.json"
 BAD_FILES = "bad_files.json"
 PROGRESS = "progress"
+PLAN = "plan.json"
 # One record at a time can be read only from groups of one. Float16 noise hardly shrinks, and reads three times slower.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 
@@ -68,7 +69,7 @@ class Plan:
     @property
     def split(self) -> str:
         """The split without its slice: 'train' for 'train[:10%]'."""
-        return re.match(r"\w*", self.source_split)[0]
+        return re.match(r"\w*", self.source_split)[0] or "all"
 
     @property
     def num_shards(self) -> int:
@@ -158,7 +159,7 @@ def begin(folder: Path, plan: Plan) -> None:
     Raises:
       DataError: the folder cannot be written, or holds latents of another plan.
     """
-    path = folder / PROGRESS / "plan.json"
+    path = folder / PROGRESS / PLAN
     with _explained(folder):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
@@ -185,11 +186,9 @@ def write_shard(folder: Path, plan: Plan, shard: int, batches: Iterable[Moments]
     Raises:
       DataError: it cannot be written, or values are not finite.
     """
-    path = folder / plan.shard_name(shard)
-    for left in folder.glob(f".{path.name}.*"):
-        left.unlink(missing_ok=True)
-    # The name is new, so that two processes that write the same shard by mistake do not mix their bytes.
-    temporary = folder / f".{path.name}.{secrets.token_hex(4)}"
+    path, note = folder / plan.shard_name(shard), _note(folder, shard)
+    _remove_leftovers(path, note)
+    temporary = _temporary(path)
     layout = RecordLayout(plan.latent_shape)
     count, sums = 0, np.zeros((3, plan.latent_shape[-1]))
     try:
@@ -210,7 +209,7 @@ def write_shard(folder: Path, plan: Plan, shard: int, batches: Iterable[Moments]
             size, digest = digest_of(temporary, sync=True)
             temporary.replace(path)
             record = {"records": count, "bytes": size, "sha256": digest, "bad_files": bad_files, "sums": sums.tolist()}
-            _write_json(_progress(folder, shard), record)
+            _write_json(note, record)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -229,6 +228,7 @@ def finish(folder: Path, plan: Plan) -> int:
             f"{plan.source}: not one of {plan.source_records} images can be read; {_short(bad_files.items())}"
         )
     description = plan.to_json() | {
+        "split": plan.split,
         "records": sum(records),
         "statistics": _statistics(np.sum([shard["sums"] for shard in shards], axis=0), sum(records), plan),
         "shards": [
@@ -237,6 +237,7 @@ def finish(folder: Path, plan: Plan) -> int:
         ],
     }
     with _explained(folder):
+        _remove_leftovers(folder / INDEX, folder / BAD_FILES, folder / PROGRESS / PLAN)
         _write_tfds_metadata(folder, plan, records)
         _write_json(folder / BAD_FILES, bad_files)
         _write_json(folder / INDEX, description)
@@ -256,13 +257,25 @@ def _flat(tree: dict[str, Any]) -> dict[str, Any]:
     return flax.traverse_util.flatten_dict(tree, sep=".")
 
 
-def _progress(folder: Path, shard: int) -> Path:
+def _note(folder: Path, shard: int) -> Path:
     return folder / PROGRESS / f"{shard:05d}.json"
+
+
+def _temporary(path: Path) -> Path:
+    """A new name, so that two processes that write the same file by mistake do not mix their bytes."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+
+
+def _remove_leftovers(*paths: Path) -> None:
+    """What killed processes have left of these files."""
+    for path in paths:
+        for left in path.parent.glob(f".{path.name}.*"):
+            left.unlink(missing_ok=True)
 
 
 def _finished(folder: Path, plan: Plan, shard: int) -> dict[str, Any] | None:
     """What `write_shard` noted of a shard, or None if it is to be written."""
-    note, path = _progress(folder, shard), folder / plan.shard_name(shard)
+    note, path = _note(folder, shard), folder / plan.shard_name(shard)
     if not (note.exists() and path.exists()):
         return None
     record = read_json(note)
@@ -332,7 +345,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary = _temporary(path)
     try:
         with temporary.open("w") as file:
             file.write(json.dumps(value, indent=1, allow_nan=False))
