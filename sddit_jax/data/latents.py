@@ -75,6 +75,7 @@ class LatentsSource:
             self._readers = list(pool.map(_open_shard, self._paths, self._counts.tolist(), sizes))
             if verify:
                 list(pool.map(_verify, self._paths, digests))
+            list(pool.map(self._check_layout, np.flatnonzero(self._counts).tolist()))
             self._memory = self._load(pool) if in_memory else None
 
     def __len__(self) -> int:
@@ -94,28 +95,37 @@ class LatentsSource:
             taken = halves.take(2 * indices_b + mirrored_b, axis=0)
             label_b, index_b = label_N[indices_b], index_N[indices_b]
         else:
-            taken = np.empty((len(indices_b), self._layout.half_bytes), np.uint8)
+            size = self._layout.half_bytes
+            taken = np.empty(len(indices_b) * size, np.uint8)
+            taken_bytes, ends = memoryview(taken), []
             shard_b = np.searchsorted(self._ends, indices_b, side="right")
             place_b = indices_b - (self._ends - self._counts)[shard_b]
-            ends = []
             # One by one: ArrayRecord's own reading of several is slower, and leaves the cache behind.
             where = zip(shard_b.tolist(), place_b.tolist(), mirrored_b.tolist(), strict=True)
             for row, (shard, place, mirrored) in enumerate(where):
                 record = self._record(shard, place)
-                taken[row] = self._layout.half(record, mirrored)
+                taken_bytes[row * size : (row + 1) * size] = self._layout.half(record, mirrored)
                 ends.append(record[-self._layout.end_bytes :])
             label_b, index_b = self._layout.labels(ends)
         moments = taken.view("<f2").reshape(-1, 2, *self.image_shape)
         return {"moments": moments, "label": label_b, "index": index_b}
 
     def _record(self, shard: int, place: int) -> bytes:
-        """A record of a shard. Raises DataError if it is not what it should be."""
+        """A record of a shard. Raises DataError if it is damaged, which ArrayRecord's own checksums tell."""
         try:
             record = self._readers[shard].read([place])[0]
-            self._layout.check(record)
+            if len(record) != self._layout.size:
+                raise ValueError(f"record {place} has {len(record)} bytes instead of {self._layout.size}")
         except (RuntimeError, ValueError) as error:  # RuntimeError is what ArrayRecord raises for all that it meets.
             raise DataError(f"{self._paths[shard]} is damaged: {error}; {_AGAIN}") from error
         return record
+
+    def _check_layout(self, shard: int) -> None:
+        """Parses the first record as far as that is needed: all others are laid out like it."""
+        try:
+            self._layout.check(self._record(shard, 0))
+        except ValueError as error:
+            raise DataError(f"{self._paths[shard]} does not fit {INDEX}: {error}") from error
 
     def _load(self, pool: ThreadPoolExecutor) -> Moments:
         """All halves, uint8 [2 N, bytes], with label [N] and index [N]."""
@@ -128,7 +138,7 @@ class LatentsSource:
             for row in range(start, stop):
                 record = self._record(shard, row - start)
                 for mirrored in (False, True):
-                    halves[2 * row + mirrored] = self._layout.half(record, mirrored)
+                    halves[2 * row + mirrored] = np.frombuffer(self._layout.half(record, mirrored), np.uint8)
                 ends.append(record[-self._layout.end_bytes :])
             label_N[start:stop], index_N[start:stop] = self._layout.labels(ends)
 

@@ -105,6 +105,7 @@ class RecordLayout:
         self.size = len(record)
         self.end_bytes = len(label + index)
         self._start = record[: -2 * self.half_bytes - self.end_bytes]
+        self._start_bytes = len(self._start)
         # What comes before a value, and where.
         self._heads = (
             (self._start, 0),
@@ -123,11 +124,12 @@ class RecordLayout:
     def check(self, record: bytes) -> None:
         """Raises ValueError for a record of another layout."""
         if len(record) != self.size or not all(record.startswith(head, at) for head, at in self._heads):
-            raise ValueError(f"a record is not that of moments {list(self.shape)}, label and index")
+            raise ValueError(f"its records are not moments {list(self.shape)}, label and index")
 
-    def half(self, record: bytes, mirrored: bool) -> np.ndarray:
-        """The uint8 bytes of mean and standard deviation, float16 [2, h, w, c], of the image or its mirror image."""
-        return np.frombuffer(record, np.uint8, self.half_bytes, len(self._start) + mirrored * self.half_bytes)
+    def half(self, record: bytes, mirrored: bool) -> memoryview:
+        """The bytes of mean and standard deviation, float16 [2, h, w, c], of the image or of its mirror image."""
+        start = self._start_bytes + mirrored * self.half_bytes
+        return memoryview(record)[start : start + self.half_bytes]
 
     def labels(self, ends: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """label int32 [b] and index int64 [b] from the last `end_bytes` bytes of records."""

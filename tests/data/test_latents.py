@@ -83,7 +83,8 @@ class TestFormat:
         np.testing.assert_array_equal(parsed["moments"], moments)
         assert (parsed["label"], parsed["index"]) == (label, index)
         for mirrored in (False, True):
-            np.testing.assert_array_equal(layout.half(record, mirrored).view("<f2"), moments[int(mirrored)].ravel())
+            half = np.frombuffer(layout.half(record, mirrored), "<f2")
+            np.testing.assert_array_equal(half, moments[int(mirrored)].ravel())
         assert [a.tolist() for a in layout.labels([record[-layout.end_bytes :]] * 2)] == [[label] * 2, [index] * 2]
 
     def test_what_is_left_out_is_listed(self, folder):
@@ -228,10 +229,10 @@ class TestSource:
     def test_a_flipped_bit_is_found_when_it_is_read(self, copy, in_memory):
         shard = copy / make_plan().shard_name(3)
         content = bytearray(shard.read_bytes())
-        content[content.index(values(make_plan())[15].tobytes()[:20])] ^= 1
+        content[content.index(values(make_plan())[16].tobytes()[:20])] ^= 1
         shard.write_bytes(content)
         with pytest.raises(DataError, match=f"{shard.name} is damaged"):
-            open_latents(copy, in_memory=in_memory).read(np.array([GOOD.index(15)]), np.array([True]))
+            open_latents(copy, in_memory=in_memory).read(np.array([GOOD.index(16)]), np.array([True]))
         with pytest.raises(DataError, match=f"{shard.name} is not what was written"):
             open_latents(copy, verify=True)
 
@@ -248,8 +249,14 @@ class TestSource:
         index = json.loads((copy / "latents.json").read_text())
         index["latent_shape"] = [6, 4, 2]
         (copy / "latents.json").write_text(json.dumps(index))
-        with pytest.raises(DataError, match="is damaged: a record is not that of"):
-            open_latents(copy, size=(6, 4, 2)).read(np.array([0]), np.array([False]))
+        with pytest.raises(DataError, match="record 0 has 640 bytes instead of 448"):
+            open_latents(copy, size=(6, 4, 2))
+
+    def test_records_that_are_laid_out_differently_are_an_error(self, folder, monkeypatch):
+        feature = shards._feature
+        monkeypatch.setattr(shards, "_feature", lambda name, *rest: feature(name[::-1], *rest))
+        with pytest.raises(DataError, match=r"does not fit latents\.json: its records are not moments"):
+            open_latents(folder)
 
     @pytest.mark.parametrize(
         ("old", "new"),
