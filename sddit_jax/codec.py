@@ -66,6 +66,11 @@ class LatentCodec(Codec):
         """Latents of the autoencoder -> z."""
         return self._normalise(image_BHWC)
 
+    def encode_moments(self, moments_B2HWC: jax.Array, eps_BHWC: jax.Array) -> jax.Array:
+        """Mean and standard deviation of the autoencoder's Gaussian, and standard normal noise -> a sample as z."""
+        mean_BHWC, std_BHWC = jnp.moveaxis(moments_B2HWC.astype(jnp.float32), 1, 0)
+        return self._normalise(mean_BHWC + std_BHWC * eps_BHWC)
+
     def decode(self, z_BHWC: jax.Array) -> jax.Array:
         """z -> latents for the autoencoder's decoder."""
         return self._restore(z_BHWC)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sddit_jax.data.sources import Source
+from sddit_jax.data.sources import ImageSource
 from sddit_jax.metrics import nearest_neighbour_accuracy
 from sddit_jax.objectives.discrimination import Discrimination
 from sddit_jax.sampling.sampler import balanced_labels
@@ -50,7 +50,7 @@ def collapse(parts: Parts, metrics: dict[str, float]) -> str:
     return "; ".join(reasons)
 
 
-def evaluate_digits(parts: Parts, state: State, source: Source, generate: Generate) -> dict[str, float]:
+def evaluate_digits(parts: Parts, state: State, source: ImageSource, generate: Generate) -> dict[str, float]:
     """The samples of the EMA weights against the real digits, and what the encoder knows of them.
 
     eval/{class_consistency, frechet_pixels, nearest_real, nearest_real_close}: means over the draws (see `judge`).

@@ -132,11 +132,13 @@ def _tensorboard(folder: Path, restored_step: int | None) -> Any | None:
 class Progress:
     """A bar with loss, images per second and time left; where there is no terminal, plain lines.
 
-    `total` and `start` are steps: a run that continues starts its bar, not its speed, at `start`.
+    `total` and `start` are steps, or what `unit` says: a run that continues starts its bar, not its speed, at `start`.
     """
 
-    def __init__(self, total: int, start: int = 0, *, primary: bool = True, every_seconds: float = 60.0) -> None:
-        self._total, self._start, self._every = total, start, every_seconds
+    def __init__(
+        self, total: int, start: int = 0, *, primary: bool = True, every_seconds: float = 60.0, unit: str = "step"
+    ) -> None:
+        self._total, self._start, self._every, self._unit = total, start, every_seconds, unit
         self._began = time.monotonic()
         self._next = self._began
         self._plain = not sys.stderr.isatty()
@@ -144,25 +146,28 @@ class Progress:
         self._bar = tqdm.tqdm(
             total=total,
             initial=start,
-            unit="step",
+            unit=unit,
             dynamic_ncols=True,
             disable=self._silent or self._plain,
         )
 
     def update(self, step: int, *, loss: float, images_per_second: float) -> None:
         """Shows that `step` steps are done; may be called after every step, or less often."""
-        words = f"loss {loss:.4f}, {images_per_second:.4g} images/s"
+        self.show(step, f"loss {loss:.4f}, {images_per_second:.4g} images/s")
+
+    def show(self, done: int, words: str) -> None:
+        """Shows how many are done, and words about them; may be called at any time."""
         if not self._plain:
             self._bar.set_postfix_str(words, refresh=False)
-            self._bar.update(step - self._bar.n)
+            self._bar.update(done - self._bar.n)
             return
         now = time.monotonic()
-        if self._silent or (now < self._next and step < self._total):
+        if self._silent or (now < self._next and done < self._total):
             return
         self._next = now + self._every
-        left = (now - self._began) / max(step - self._start, 1) * (self._total - step)
+        left = (now - self._began) / max(done - self._start, 1) * (self._total - done)
         left = tqdm.tqdm.format_interval(left)
-        print(f"step {step}/{self._total}, {words}, {left} left", file=sys.stderr, flush=True)
+        print(f"{self._unit} {done}/{self._total}, {words}, {left} left", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leaves the bar as it is."""

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from sddit_jax.codec import PixelCodec
+from sddit_jax.codec import LatentCodec, PixelCodec
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,12 @@ def test_decode_rounds_and_clips():
 def test_record_says_what_the_codec_is():
     record = PixelCodec((0.0,), (0.5, 1.0)).record()
     assert record == {"name": "pixels", "mean": [0.0], "scale": [0.5, 1.0]}
+
+
+def test_a_sample_of_the_moments_is_shifted_and_scaled():
+    moments = np.random.default_rng(0).normal(size=(2, 2, 3, 4, 2)).astype(np.float16)
+    eps = np.random.default_rng(1).normal(size=(2, 3, 4, 2)).astype(np.float32)
+    z = LatentCodec((0.1, 0.2), (2.0,)).encode_moments(moments, eps)
+    assert z.dtype == np.float32
+    sample = moments[:, 0].astype(np.float64) + moments[:, 1].astype(np.float64) * eps
+    np.testing.assert_allclose(z, (sample - [0.1, 0.2]) * 2, rtol=1e-5, atol=1e-6)

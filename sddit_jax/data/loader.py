@@ -7,10 +7,8 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
-from sddit_jax.data.sources import Source
+from sddit_jax.data.sources import Batch, Source
 from sddit_jax.errors import DataError
-
-Batch = dict[str, np.ndarray]
 
 
 def make_loader(
@@ -36,13 +34,15 @@ def make_loader(
       rows: which of them this process loads, b in number, in this order.
       seed: of the order and of the flips, in [0, 2**64).
       start_step: the step of the first batch; nothing before it is read.
-      flip: mirrors each image left to right with probability 1/2.
-      num_threads: reading threads; each prepares a whole batch. 0 reads in the caller.
+      flip: mirrors each record left to right with probability 1/2.
+      num_threads: reading threads; each prepares a whole batch. 0 reads in the caller; latents in memory are read
+        fastest by one.
       prefetch: batches prepared ahead of the caller, hence the most threads that can be busy.
 
     Returns:
-      An iterator over {image: uint8 [b, H, W, C], label: int32 [b], index: int64 [b]}, host
-      arrays that the caller owns. It reads from now on; `close()` stops its threads.
+      An iterator over what `source.read` gives: {image: uint8 [b, H, W, C] or, of latents, moments: float16
+      [b, 2, H, W, C]; label: int32 [b]; index: int64 [b]}, host arrays that the caller owns. It reads from now on;
+      `close()` stops its threads.
 
     Raises:
       DataError: an argument is out of range; while iterating, also whatever the source raises.
@@ -64,13 +64,14 @@ def make_loader(
 
     def load(step: int) -> Batch:
         first = step * batch_size
-        epochs, places = divmod(first + rows_b, size)
-        records = [source[int(order(e)[i])] for e, i in zip(epochs, places, strict=True)]
-        batch = {key: np.stack([record[key] for record in records]) for key in records[0]}
+        epoch_b, place_b = divmod(first + rows_b, size)
+        indices_b = np.empty_like(rows_b)
+        for epoch in np.unique(epoch_b).tolist():
+            indices_b[epoch_b == epoch] = order(epoch)[place_b[epoch_b == epoch]]
+        mirrored_b = np.zeros(len(rows_b), bool)
         if flip:
-            flip_b = (_words(seed, 0, first, 4 * batch_size)[4 * rows_b] & 1).astype(bool)
-            batch["image"][flip_b] = batch["image"][flip_b, :, ::-1]
-        return batch
+            mirrored_b = (_words(seed, 0, first, 4 * batch_size)[4 * rows_b] & 1).astype(bool)
+        return source.read(indices_b, mirrored_b)
 
     batches = iter(
         grain.MapDataset.range(start_step, sys.maxsize)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from sddit_jax.data.images import BadImageError, read_image
+from sddit_jax.data.latents import LatentsSource
 from sddit_jax.errors import DataError
 
 logger = logging.getLogger("sddit_jax")
@@ -20,6 +21,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test"}
 
 Record = dict[str, Any]
+Batch = dict[str, np.ndarray]
 
 # One lock for all sources: a lock inside a source could not be pickled.
 _bad_files_lock = threading.Lock()
@@ -32,7 +34,7 @@ class Source(Protocol):
       name: the data and split, for logs.
       num_classes: 0 means unconditional; every label is then 0.
       class_names: one per class, in label order.
-      image_shape: (H, W, C) of every image.
+      image_shape: (H, W, C) of every image, or of its latents.
       bad_files: what could not be read so far -> why. Grows while loader threads read.
     """
 
@@ -44,12 +46,25 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Record:
-        """Returns {image: uint8 [H, W, C], label: int32 scalar, index: int64 scalar}."""
+    def read(self, indices_b: np.ndarray, mirrored_b: np.ndarray) -> Batch:
+        """The records of numbers int64 [b], those that bool [b] marks mirrored left to right.
+
+        Returns arrays of the caller's own: {image: uint8 [b, H, W, C], or, of latents, moments: float16
+        [b, 2, H, W, C], mean and standard deviation; label: int32 [b]; index: int64 [b]}.
+        """
         ...
 
 
-def open_source(spec: str, *, split: str, image_size: int, channels: int, download: bool = False) -> Source:
+def open_source(
+    spec: str,
+    *,
+    split: str,
+    image_size: int,
+    channels: int,
+    download: bool = False,
+    in_memory: bool = False,
+    verify: bool = False,
+) -> Source:
     """Opens a dataset by name.
 
     Args:
@@ -58,26 +73,30 @@ def open_source(spec: str, *, split: str, image_size: int, channels: int, downlo
         `folder:PATH`: PATH/CLASS/**/*.{png,jpg,jpeg,webp}, below PATH/SPLIT if that exists;
           images directly in PATH, without class folders, are an unconditional dataset;
         `tfds:NAME`: a TensorFlow Datasets name, in array_record format below TFDS_DATA_DIR; or
-          the directory of a prepared one, starting with '/', '.', '~' or 'gs://'.
+          the directory of a prepared one, starting with '/', '.', '~' or 'gs://';
+        `latents:PATH`: a folder that `python -m sddit_jax.prepare` has written.
       split: 'train', 'validation', ...; for tfds also slices such as 'train[:10%]'.
-      image_size: side of the square images.
-      channels: 1 (grey) or 3 (RGB).
+      image_size: side of the square images, or of their latents.
+      channels: 1 (grey) or 3 (RGB), or those of the latents.
       download: lets tfds download and prepare what is missing.
+      in_memory, verify: of latents, as `LatentsSource` takes them; other sources have no use for them.
 
     Raises:
       DataError: the dataset cannot be read as asked; the message says what would be right.
     """
-    if image_size < 1 or channels not in (1, 3):
-        raise DataError(f"image_size={image_size}, channels={channels}: expected a positive size and 1 or 3")
     image_shape = (image_size, image_size, channels)
     kind, _, rest = spec.partition(":")
+    if kind == "latents" and rest:
+        return LatentsSource(Path(rest).expanduser(), split, image_shape, in_memory=in_memory, verify=verify)
+    if image_size < 1 or channels not in (1, 3):
+        raise DataError(f"image_size={image_size}, channels={channels}: expected a positive size and 1 or 3")
     if kind == "digits" and not rest:
         return DigitsSource(split, image_shape)
     if kind == "folder" and rest:
         return FolderSource(Path(rest).expanduser(), split, image_shape)
     if kind == "tfds" and rest:
         return TfdsSource(rest, split, image_shape, download=download)
-    raise DataError(f"data source {spec!r}: expected 'digits', 'folder:PATH' or 'tfds:NAME'")
+    raise DataError(f"data source {spec!r}: expected 'digits', 'folder:PATH', 'tfds:NAME' or 'latents:PATH'")
 
 
 class ImageSource(ABC):
@@ -124,6 +143,24 @@ class ImageSource(ABC):
                 return {"image": image_HWC, "label": np.int32(label), "index": np.int64(actual)}
         where = self._locate(first)
         raise DataError(f"{self.name}: not one of {len(self)} images can be read; {where}: {self.bad_files[where]}")
+
+    def load(self, index: int) -> tuple[np.ndarray, int]:
+        """Returns (image uint8 [H, W, C], label) of this record and no other. Raises BadImageError."""
+        return self._read(index)
+
+    def locate(self, index: int) -> str:
+        """What a person would look for to find the record."""
+        return self._locate(index)
+
+    def read(self, indices_b: np.ndarray, mirrored_b: np.ndarray) -> Batch:
+        """{image: uint8 [b, H, W, C], label: int32 [b], index: int64 [b]} of these records, mirrored where so marked.
+
+        Raises as `__getitem__`.
+        """
+        records = [self[index] for index in indices_b.tolist()]
+        batch = {key: np.stack([record[key] for record in records]) for key in records[0]}
+        batch["image"][mirrored_b] = batch["image"][mirrored_b, :, ::-1]
+        return batch
 
     def _report(self, where: str, reason: str) -> None:
         with _bad_files_lock:

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sddit_jax.data import loader as loader_module
 from sddit_jax.data.loader import make_loader
-from sddit_jax.data.sources import open_source
+from sddit_jax.data.sources import ImageSource, open_source
 from sddit_jax.errors import DataError
 
 
@@ -25,6 +26,8 @@ class Numbers:
         self.reads.append(index)
         image = np.array([[[0], [255]]], np.uint8)
         return {"image": image, "label": np.int32(index % 10), "index": np.int64(index)}
+
+    read = ImageSource.read
 
 
 def loader(source, batch_size, rows=None, *, seed=0, step=0, flip=True, threads=0, prefetch=0):
@@ -146,6 +149,13 @@ def test_the_order_of_a_seed_never_changes():
         0,
         1,
     ]
+
+
+def test_the_order_of_an_epoch_is_made_once(monkeypatch):
+    words, sizes = loader_module._words, []
+    monkeypatch.setattr(loader_module, "_words", lambda *args: sizes.append(args[-1]) or words(*args))
+    take(loader(Numbers(1000), 10), 150)
+    assert sizes.count(1000) == 2
 
 
 def test_starting_late_costs_no_more():

@@ -464,9 +464,9 @@ class TestTfds:
             open_tfds(copy)[0]
 
 
-@pytest.mark.parametrize("spec", ["", "digit", "digits:8", "folder", "folder:", "tfds:", "http://x"])
+@pytest.mark.parametrize("spec", ["", "digit", "digits:8", "folder", "folder:", "tfds:", "latents:", "http://x"])
 def test_unknown_specs_are_refused(spec):
-    with pytest.raises(DataError, match="expected 'digits', 'folder:PATH' or 'tfds:NAME'"):
+    with pytest.raises(DataError, match="expected 'digits', 'folder:PATH', 'tfds:NAME' or 'latents:PATH'"):
         open_source(spec, split="train", image_size=8, channels=1)
 
 

@@ -1,0 +1,161 @@
+"""How fast latents of 256 pixels are read, beside what NumPy and ArrayRecord do at best: prints a table.
+
+    python benchmarks/loader.py [--records=16384] [--batch_size=256] [--threads=2] [--repetitions=7]
+
+Writes random latents of 32 x 32 x 4, with mean and standard deviation of both mirror images, to a temporary folder. All
+ways read the same records in the same order, the loader's. They take turns, and the medians are compared, so that what
+else the machine does falls on all of them. The files stay in the page cache: the disk is not measured. From memory the
+loader reads with one thread, from the files with --threads.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+from array_record.python.array_record_module import ArrayRecordReader
+
+from sddit_jax import cli
+from sddit_jax.data import shards
+from sddit_jax.data.latents import LatentsSource
+from sddit_jax.data.loader import make_loader
+
+RECORDS = flags.DEFINE_integer("records", 16384, "Records, of 32 KiB each.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images of a batch.", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", 200, "Batches of a measurement.", lower_bound=1)
+REPETITIONS = flags.DEFINE_integer("repetitions", 7, "Measurements of each way.", lower_bound=1)
+THREADS = flags.DEFINE_integer("threads", 2, "The loader's threads.", lower_bound=0)
+SHARDS = 16
+SHAPE = (32, 32, 4)
+
+
+def write(folder: Path) -> None:
+    """A folder of random latents."""
+    plan = shards.Plan(
+        source="random",
+        source_split="train",
+        source_records=RECORDS.value,
+        source_files="",
+        class_names=(),
+        codec={"scaling_factor": 1.0, "shift_factor": 0.0},
+        latent_shape=SHAPE,
+        batch_size=BATCH_SIZE.value,
+        dtype="float32",
+        records_per_shard=-(-RECORDS.value // SHARDS),
+    )
+
+    def batches(shard: int) -> Iterator[shards.Moments]:
+        index = np.array(plan.images(shard))
+        moments = np.random.default_rng(shard).random((len(index), 2, 2, *SHAPE), np.float32)
+        yield moments.astype(np.float16), np.zeros_like(index), index
+
+    shards.begin(folder, plan)
+    for shard in range(plan.num_shards):
+        shards.write_shard(folder, plan, shard, batches(shard), {})
+    shards.finish(folder, plan)
+
+
+def batches_of(source: Any, threads: int, start_step: int) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+    """The loader's batches."""
+    return make_loader(
+        source,
+        batch_size=BATCH_SIZE.value,
+        rows=range(BATCH_SIZE.value),
+        seed=0,
+        start_step=start_step,
+        flip=True,
+        num_threads=threads,
+        prefetch=8 if threads else 0,
+    )
+
+
+class Order:
+    """A source that gives nothing but which records a batch has."""
+
+    def __len__(self) -> int:
+        return RECORDS.value
+
+    def read(self, indices_b: np.ndarray, mirrored_b: np.ndarray) -> dict[str, np.ndarray]:
+        """The records' numbers, and whether they are mirrored."""
+        return {"record": indices_b, "mirrored": mirrored_b}
+
+
+def images_per_second(step: Callable[[], Any]) -> float:
+    """Of STEPS calls."""
+    began = time.perf_counter()
+    for _ in range(STEPS.value):
+        step()
+    return STEPS.value * BATCH_SIZE.value / (time.perf_counter() - began)
+
+
+def measure(folder: Path) -> dict[str, list[float]]:
+    """Images per second of each way, a value per repetition."""
+    streamed, in_memory = (LatentsSource(folder, "train", SHAPE, in_memory=memory) for memory in (False, True))
+    everything = np.arange(RECORDS.value)
+    halves = [in_memory.read(everything, np.full(RECORDS.value, mirrored))["moments"] for mirrored in (False, True)]
+    moments = np.concatenate(halves)  # mirror images after all images
+    readers = [
+        ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=1 << 15)
+        for path in sorted(folder.glob("*.array_record*"))
+    ]
+    per_shard = -(-RECORDS.value // SHARDS)
+
+    def gather(batch: dict[str, np.ndarray]) -> None:
+        moments.take(batch["record"] + batch["mirrored"] * RECORDS.value, axis=0)
+
+    def read_one_by_one(batch: dict[str, np.ndarray]) -> None:
+        for index in batch["record"].tolist():
+            readers[index // per_shard].read([index % per_shard])
+
+    def read(batch: dict[str, np.ndarray]) -> None:
+        for shard in np.unique(batch["record"] // per_shard).tolist():
+            own = batch["record"][batch["record"] // per_shard == shard]
+            readers[shard].read((own % per_shard).tolist())
+
+    def raw(use: Callable[[dict[str, np.ndarray]], None], step: int) -> float:
+        order = batches_of(Order(), 0, step)
+        batches = iter([next(order) for _ in range(STEPS.value)])
+        return images_per_second(lambda: use(next(batches)))
+
+    def loaded(source: LatentsSource, threads: int, step: int) -> float:
+        with closing(batches_of(source, threads, step)) as batches:
+            for _ in range(8):  # What was read before the measurement began.
+                next(batches)
+            return images_per_second(lambda: next(batches))
+
+    ways = {
+        "gather of NumPy": lambda step: raw(gather, step),
+        "loader, in memory": lambda step: loaded(in_memory, 1, step),
+        "reads of ArrayRecord, batched": lambda step: raw(read, step),
+        "reads of ArrayRecord, one by one": lambda step: raw(read_one_by_one, step),
+        "loader, from ArrayRecord": lambda step: loaded(streamed, THREADS.value, step),
+    }
+    rates = {name: [] for name in ways}
+    for repetition in range(REPETITIONS.value):
+        for name, way in ways.items():
+            rates[name].append(way(repetition * STEPS.value))
+    return rates
+
+
+def main() -> None:
+    """Measures and prints."""
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder))
+        rates = measure(Path(folder))
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    print("| way | images/s | from | to |\n|---|---|---|---|")
+    for name, values in rates.items():
+        print(f"| {name} | {median[name]:,.0f} | {min(values):,.0f} | {max(values):,.0f} |")
+    gather, in_memory, batched, one_by_one, streamed = median.values()
+    print(f"\nin memory: {in_memory / gather:.2f} of the gather")
+    print(f"from ArrayRecord: {streamed / batched:.2f} of batched reads, {streamed / one_by_one:.2f} of single ones")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,24 @@
+"""SIGTERM and SIGINT as a request to stop at the next good moment."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[str]]:
+    """A list that gets the name of a SIGTERM or SIGINT; a second one has its usual effect."""
+    received: list[str] = []
+
+    def handler(number: int, frame: Any) -> None:
+        del frame
+        received.append(signal.Signals(number).name)
+        signal.signal(number, previous[number])
+
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
