@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +26,12 @@ class Codec(abc.ABC):
     name = ""
 
     @abc.abstractmethod
-    def encode(self, image_BHWC: jax.Array) -> jax.Array:
-        """What is stored, [B, H, W, C], as float32 z."""
+    def clean(self, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
+        """The clean images x0 of a batch as the loader gives it, float32 [B, H, W, C]."""
 
     @abc.abstractmethod
     def decode(self, z_BHWC: jax.Array) -> jax.Array:
-        """The inverse of `encode`."""
+        """What the network sees, as a person or an autoencoder takes it."""
 
     def record(self) -> dict[str, object]:
         """What a dataset, a checkpoint and a file of samples say about it."""
@@ -44,9 +45,14 @@ class Codec(abc.ABC):
 
 
 class PixelCodec(Codec):
-    """x = pixel / 127.5 - 1 in [-1, 1]; stored are uint8 pixels."""
+    """x = pixel / 127.5 - 1 in [-1, 1]; a batch has `image`, uint8 pixels."""
 
     name = "pixels"
+
+    def clean(self, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
+        """The images; nothing is random."""
+        del key
+        return self.encode(batch["image"])
 
     def encode(self, image_BHWC: jax.Array) -> jax.Array:
         """uint8 [B, H, W, C] -> float32."""
@@ -54,17 +60,19 @@ class PixelCodec(Codec):
 
     def decode(self, z_BHWC: jax.Array) -> jax.Array:
         """float32 -> uint8 by clip(127.5 x + 128), the rounding of DiT and EDM; the exact inverse of `encode`."""
-        return jnp.clip(127.5 * self._restore(z_BHWC) + 128, 0, 255).astype(jnp.uint8)
+        return to_pixels(self._restore(z_BHWC))
 
 
 class LatentCodec(Codec):
-    """x are the latents of an autoencoder, as it gives and takes them: float32."""
+    """x are latents of an autoencoder; a batch has `moments`, their means and standard deviations, float16."""
 
     name = "latents"
 
-    def encode(self, image_BHWC: jax.Array) -> jax.Array:
-        """Latents of the autoencoder -> z."""
-        return self._normalise(image_BHWC)
+    def clean(self, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
+        """A sample of each image's Gaussian, a new one at every visit."""
+        moments_B2HWC = batch["moments"]
+        eps_BHWC = jax.random.normal(key, (len(moments_B2HWC), *moments_B2HWC.shape[2:]))
+        return self.encode_moments(moments_B2HWC, eps_BHWC)
 
     def encode_moments(self, moments_B2HWC: jax.Array, eps_BHWC: jax.Array) -> jax.Array:
         """Mean and standard deviation of the autoencoder's Gaussian, and standard normal noise -> a sample as z."""
@@ -72,8 +80,13 @@ class LatentCodec(Codec):
         return self._normalise(mean_BHWC + std_BHWC * eps_BHWC)
 
     def decode(self, z_BHWC: jax.Array) -> jax.Array:
-        """z -> latents for the autoencoder's decoder."""
+        """z -> latents for the autoencoder's decoder, float32."""
         return self._restore(z_BHWC)
+
+
+def to_pixels(x_BHWC: jax.Array) -> jax.Array:
+    """Images in [-1, 1] as uint8, by clip(127.5 x + 128)."""
+    return jnp.clip(127.5 * x_BHWC + 128, 0, 255).astype(jnp.uint8)
 
 
 def make_codec(config: schema.Codec) -> Codec:

@@ -75,6 +75,9 @@ FREE_ON_RESUME = (
     "eval",
     "log",
     "data.download",
+    "data.in_memory",
+    "data.verify",
+    "codec.autoencoder",
     "data.num_threads",
     "data.prefetch",
     "model.scan",
@@ -243,6 +246,11 @@ def _check_together(config: Config) -> None:
         (
             config.eval.name == "digits" and config.data.source != "digits",
             f"eval.name is 'digits', but data.source is {config.data.source!r}",
+        ),
+        (
+            (config.codec.name == "latents") != config.data.source.startswith("latents:")
+            and config.data.source != "folder:",
+            f"codec.name is {config.codec.name!r}, but data.source is {config.data.source!r}",
         ),
         (0.0 in config.codec.scale, f"codec.scale is {config.codec.scale}, but must not have a 0"),
         (

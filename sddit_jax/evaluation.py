@@ -13,6 +13,7 @@ from sddit_jax.metrics import nearest_neighbour_accuracy
 from sddit_jax.objectives.discrimination import Discrimination
 from sddit_jax.sampling.sampler import balanced_labels
 from sddit_jax.state import Parts, State
+from sddit_jax.train_step import CODEC_STREAM
 
 log = logging.getLogger("sddit_jax")
 Generate = Callable[[Any, int, np.ndarray], np.ndarray]
@@ -23,14 +24,14 @@ def discrimination_of(parts: Parts) -> Discrimination | None:
     return next((o for o in parts.objectives if isinstance(o, Discrimination)), None)
 
 
-def diagnose(parts: Parts, state: State, image_BHWC: jax.Array, label_B: jax.Array) -> dict[str, jax.Array]:
-    """`Discrimination.diagnose` on stored images; its noise follows from the seed and the step. To be jitted."""
-    x0_BHWC = parts.codec.encode(image_BHWC)
+def diagnose(parts: Parts, state: State, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """`Discrimination.diagnose` on a batch; its noise follows from the seed and the step. To be jitted."""
     key = jax.random.fold_in(jax.random.key(parts.config.seed), state["step"])
+    x0_BHWC = parts.codec.clean(batch, jax.random.fold_in(key, CODEC_STREAM))
     eps_BHWC = jax.random.normal(key, x0_BHWC.shape)
     objective = discrimination_of(parts)
     return objective.diagnose(
-        state["aux"][objective.name], state["ema"]["default"], x0_BHWC, eps_BHWC, label_B, state["step"]
+        state["aux"][objective.name], state["ema"]["default"], x0_BHWC, eps_BHWC, batch["label"], state["step"]
     )
 
 
@@ -71,7 +72,7 @@ def evaluate_digits(parts: Parts, state: State, source: ImageSource, generate: G
     ]
     results = {key: float(np.mean([draw[key] for draw in draws])) for key in draws[0]}
     if discrimination_of(parts):
-        found = jax.jit(lambda s, x, y: diagnose(parts, s, x, y))(state, image_BHWC, real_label_B)
+        found = jax.jit(lambda s, b: diagnose(parts, s, b))(state, {"image": image_BHWC, "label": real_label_B})
         results |= {key.replace("teacher/", "eval/"): float(value) for key, value in found.items()}
     if config.model.cls_token:
 

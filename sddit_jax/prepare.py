@@ -85,7 +85,8 @@ def make_plan(
     config = autoencoder.config
     codec = {
         "name": "latents",
-        "weights": weights_hash(params),
+        # Of the encoder alone: decoders that were tuned afterwards decode the same latents.
+        "weights": weights_hash(params["encoder"]),
         "channels": config.latent_channels,
         "factor": autoencoder.factor,
         "scaling_factor": config.scaling_factor,

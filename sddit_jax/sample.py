@@ -1,8 +1,8 @@
 """Draws samples: python -m sddit_jax.sample --workdir=RUN --output=DIR --num_samples=N.
 
 Writes DIR/samples.npz (`arr_0` uint8 NHWC, `arr_1` int32 labels), DIR/samples.json (how they were made), DIR/grid.png.
-Of a model of latents these are latents.npz (float32, as the autoencoder's decoder takes them), latents.json, and a grid
-in false colours.
+Of a model of latents --vae decodes them; without it these are latents.npz (float32, as an autoencoder's decoder takes
+them), latents.json, and a grid in false colours.
 """
 
 import json
@@ -21,6 +21,7 @@ from sddit_jax.runs import open_checkpoints
 from sddit_jax.sampling.sampler import balanced_labels, make_generate, make_sample
 from sddit_jax.schema import Parallel
 from sddit_jax.state import make_parts
+from sddit_jax.weights.decoding import load_decode
 
 log = logging.getLogger("sddit_jax")
 
@@ -37,6 +38,9 @@ SETTINGS = {
         "guidance_channels", None, "Guide only the first channels; 0: all. Left out: the run's setting."
     ),
 }
+VAE = flags.DEFINE_string(
+    "vae", None, "Autoencoder that decodes latents. Left out: the run's setting, which may be none."
+)
 SEED = flags.DEFINE_integer("seed", 0, "Image i is a function of seed, i and its label.", 0, 2**31 - 1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images computed at a time.", lower_bound=1)
 STEP = flags.DEFINE_integer("checkpoint_step", None, "Step of the checkpoint. Left out: the newest that is intact.")
@@ -73,7 +77,9 @@ def main() -> None:
     sample = make_sample(parts.network, parts.diffusion, parts.codec, config.sampling)
     mesh = sharding.make_mesh(Parallel())
     generate = make_generate(sample, mesh, min(BATCH_SIZE.value, NUM_SAMPLES.value))
-    images_NHWC = generate(jax.device_put(ema["default"], sharding.replicated(mesh)), SEED.value, label_N)
+    autoencoder = config.codec.autoencoder if VAE.value is None else VAE.value
+    decode = load_decode(autoencoder, meta["codec"], mesh)
+    images_NHWC = decode(generate(jax.device_put(ema["default"], sharding.replicated(mesh)), SEED.value, label_N))
 
     output = Path(OUTPUT.value).expanduser()
     record = {
@@ -92,8 +98,9 @@ def main() -> None:
         },
         "guidance": config.sampling.guidance,
         "codec": meta["codec"],
+        "autoencoder": autoencoder,
     }
-    name = "samples" if config.codec.name == "pixels" else "latents"
+    name = "samples" if images_NHWC.dtype == np.uint8 else "latents"
     try:
         output.mkdir(parents=True, exist_ok=True)
         np.savez(output / f"{name}.npz", arr_0=images_NHWC, arr_1=label_N)

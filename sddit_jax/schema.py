@@ -168,9 +168,11 @@ class EMA:
 class Data:
     """Where images come from."""
 
-    source: str = _default("folder:", "C", "digits, folder:PATH or tfds:NAME")
+    source: str = _default("folder:", "C", "digits, folder:PATH, tfds:NAME or latents:PATH")
     split: str = _default("train", "C", "split of the dataset")
     download: bool = _default(False, "C", "let TensorFlow Datasets download and prepare what is missing")
+    in_memory: bool = _default(False, "C", "load all latents before the first step; of ImageNet at 256 pixels 42 GB")
+    verify: bool = _default(False, "C", "compare the checksums of the files of latents before the first step")
     flip: bool = _default(True, "I", "mirror half of the images")
     num_threads: int = _default(16, "C", "reading threads", least=1)
     prefetch: int = _default(8, "C", "batches read ahead", least=1)
@@ -182,6 +184,11 @@ class Codec:
 
     name: str = _default(
         "pixels", "C", "x is 'pixels' in [-1, 1], or 'latents' of an autoencoder", choices=("pixels", "latents")
+    )
+    autoencoder: str = _default(
+        "",
+        "C",
+        "of latents, what decodes samples: a folder of diffusers, a file of CompVis, or a hub id; empty: nothing",
     )
     mean: tuple[float, ...] = _default((0.0,), "C", "mean per channel; one value serves all")
     scale: tuple[float, ...] = _default((0.5,), "C", "scale per channel; one value serves all")

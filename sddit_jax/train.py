@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import logging
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -20,10 +19,13 @@ from sddit_jax.data.sources import Source, open_source
 from sddit_jax.errors import CheckpointError, ConfigError, Diverged, Interrupted
 from sddit_jax.reporting import MetricsLog, Progress, save_grid
 from sddit_jax.runs import CHECKPOINTS, CONFIG, abstract_state, read_config, restore_run, write_config
+from sddit_jax.sampling.decoding import Decode
 from sddit_jax.sampling.sampler import balanced_labels, make_generate, make_sample
 from sddit_jax.schema import Config
+from sddit_jax.signals import stop_signals
 from sddit_jax.state import Parts, State, make_parts
 from sddit_jax.train_step import make_train_step
+from sddit_jax.weights.decoding import load_decode
 
 log = logging.getLogger("sddit_jax")
 
@@ -37,6 +39,8 @@ def train(config: Config, workdir: Path) -> None:
     sharding.check_batch(mesh, config.batch_size, config.parallel.microbatches)
     source = _open_source(config)
     parts = make_parts(config, sharding.make_constrain(mesh))
+    codec = (source.codec or {}) | parts.codec.record()
+    decode = load_decode(config.codec.autoencoder, codec, mesh)
     _check_identity(workdir, config)
 
     abstract = abstract_state(parts, mesh)
@@ -74,7 +78,7 @@ def train(config: Config, workdir: Path) -> None:
             tensorboard=config.log.tensorboard,
             wandb=wandb_run if config.log.wandb else None,
         )
-    run = _Run(config, workdir, mesh, parts, source, checkpointer, metrics_log)
+    run = _Run(config, workdir, mesh, parts, source, codec, decode, checkpointer, metrics_log)
     with _full_disk_explained(workdir), closing(checkpointer), closing(metrics_log):
         state = run.steps(state, start, layout)
         run.finish(state)
@@ -90,17 +94,20 @@ class _Run:
         mesh: jax.sharding.Mesh,
         parts: Parts,
         source: Source,
+        codec: dict[str, Any],
+        decode: Decode,
         checkpointer: Checkpointer,
         metrics_log: MetricsLog,
     ) -> None:
         self.config, self.workdir, self.mesh, self.parts = config, workdir, mesh, parts
         self.source, self.checkpointer, self.metrics_log = source, checkpointer, metrics_log
-        self.meta = {"config": config_lib.to_dict(config), "codec": parts.codec.record()}
+        self.meta = {"config": config_lib.to_dict(config), "codec": codec}
         sample = make_sample(parts.network, parts.diffusion, parts.codec, config.sampling)
         self.generate = make_generate(sample, mesh, config.sampling.grid)
+        self.decode = decode
         self.diagnose = None
         if config.log.diagnose_every and evaluation.discrimination_of(parts):
-            self.diagnose = jax.jit(lambda state, batch: evaluation.diagnose(parts, state, **batch))
+            self.diagnose = jax.jit(lambda state, batch: evaluation.diagnose(parts, state, batch))
 
     def steps(self, state: State, start: int, layout: Any) -> State:
         """Steps start + 1 to config.steps. The device is never waited for: step k's metrics are read during k + 1."""
@@ -114,19 +121,19 @@ class _Run:
             seed=config.seed,
             start_step=start,
             flip=config.data.flip,
-            num_threads=config.data.num_threads,
+            num_threads=1 if config.data.in_memory else config.data.num_threads,
             prefetch=config.data.prefetch,
         )
         meter = _Meter(config, start, self.metrics_log)
         pending: tuple[int, dict[str, Any]] | None = None
-        with _stop_signals() as signals, closing(batches), closing(meter):
+        with stop_signals() as signals, closing(batches), closing(meter):
             for step in range(start + 1, config.steps + 1):
                 began = time.monotonic()
                 batch = sharding.put_batch(self.mesh, {k: v for k, v in next(batches).items() if k != "index"})
                 meter.waited += time.monotonic() - began
                 state, metrics = train_step(state, batch)
                 if self.diagnose and (step % config.log.diagnose_every == 0 or step == config.steps):
-                    metrics |= self.diagnose(state, {"image_BHWC": batch["image"], "label_B": batch["label"]})
+                    metrics |= self.diagnose(state, batch)
                 if pending is not None:
                     self._report(meter, *pending)
                 pending = step, metrics
@@ -177,7 +184,7 @@ class _Run:
     def _sample_grid(self, state: State, step: int) -> Path:
         """The same noise and labels each time, so that one sees the same images improve."""
         labels = balanced_labels(self.config.sampling.grid, self.config.model.num_classes)
-        pictures = self.generate(state["ema"]["default"], self.config.seed, labels)
+        pictures = self.decode(self.generate(state["ema"]["default"], self.config.seed, labels))
         path = self.workdir / "samples" / f"{step}.png"
         if jax.process_index() == 0:
             save_grid(pictures, path)
@@ -231,24 +238,6 @@ def _full_disk_explained(workdir: Path) -> Iterator[None]:
         raise CheckpointError(f"{workdir} could not be written: {error}") from error
 
 
-@contextmanager
-def _stop_signals() -> Iterator[list[str]]:
-    """A list that gets the name of a SIGTERM or SIGINT; a second one has its usual effect."""
-    received: list[str] = []
-
-    def handler(number: int, frame: Any) -> None:
-        del frame
-        received.append(signal.Signals(number).name)
-        signal.signal(number, previous[number])
-
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
-
-
 def _open_source(config: Config) -> Source:
     m = config.model
     source = open_source(
@@ -257,7 +246,16 @@ def _open_source(config: Config) -> Source:
         image_size=m.image_size,
         channels=m.channels,
         download=config.data.download,
+        in_memory=config.data.in_memory,
+        verify=config.data.verify,
     )
+    if source.codec is not None:
+        for key, found in (("mean", source.codec["shift_factor"]), ("scale", source.codec["scaling_factor"])):
+            if set(getattr(config.codec, key)) != {found}:
+                raise ConfigError(
+                    f"codec.{key} is {getattr(config.codec, key)}, but {source.name} was prepared with an autoencoder "
+                    f"whose latents need ({found},)"
+                )
     if m.num_classes and source.num_classes != m.num_classes:
         raise ConfigError(
             f"model.num_classes is {m.num_classes}, but {source.name} has {source.num_classes} classes; "

@@ -16,6 +16,9 @@ Batch = dict[str, jax.Array]
 TrainStep = Callable[[State, Batch], tuple[State, Metrics]]
 # (gradients, metrics, each objective's statistics)
 Gradients = tuple[Any, Metrics, dict[str, Any]]
+# Folded into a step's key for the codec's own random numbers. A small number would give one of the keys that `draw`
+# splits the key into, and so the noise of the diffusion once more.
+CODEC_STREAM = 2**32 - 1
 
 
 def draw(key: jax.Array, parts: Parts, x0_BHWC: jax.Array, label_B: jax.Array) -> dict[str, Any]:
@@ -83,8 +86,9 @@ def accumulated_gradients_of(parts: Parts, state: State, drawn: dict[str, Any], 
 
 
 def make_train_step(parts: Parts) -> TrainStep:
-    """The step of one configuration: (state, {image: uint8 [B, H, W, C], label: int32 [B]}) -> (state, metrics).
+    """The step of one configuration: (state, batch) -> (state, metrics).
 
+    batch: {image: uint8 [B, H, W, C], label: int32 [B]}, or of latents {moments: float16 [B, 2, H, W, C], label}.
     Everything random follows from (config.seed, state["step"]) and is drawn for the whole batch before it is split
     into microbatches. A step whose loss, gradients or update are not finite changes nothing but the step count and
     state["skipped"], how many such steps there were in a row; it is logged as train/skipped.
@@ -94,7 +98,8 @@ def make_train_step(parts: Parts) -> TrainStep:
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         step = state["step"]
         key = jax.random.fold_in(jax.random.key(config.seed), step)
-        drawn = draw(key, parts, parts.codec.encode(batch["image"]), batch["label"])
+        x0_BHWC = parts.codec.clean(batch, jax.random.fold_in(key, CODEC_STREAM))
+        drawn = draw(key, parts, x0_BHWC, batch["label"])
         gradients, metrics, statistics = accumulated_gradients_of(parts, state, drawn, config.parallel.microbatches)
 
         o = config.optimizer

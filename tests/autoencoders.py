@@ -17,9 +17,9 @@ def randomised(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
-def make_kl(**changes) -> AutoencoderKL:
+def make_kl(seed: int = 0, **changes) -> AutoencoderKL:
     """diffusers' KL autoencoder, small unless changed."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = {**SMALL, **changes}
     stages = len(config["block_out_channels"])
     types = {"down_block_types": ["DownEncoderBlock2D"] * stages, "up_block_types": ["UpDecoderBlock2D"] * stages}

@@ -106,7 +106,7 @@ class TestLatents:
         assert_encoded(latents, source, autoencoder, params)
         assert latents.codec == {
             "name": "latents",
-            "weights": weights_hash(params),
+            "weights": weights_hash(params["encoder"]),
             "channels": 4,
             "factor": 8,
             "scaling_factor": 0.18215,

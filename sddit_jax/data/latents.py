@@ -21,7 +21,6 @@ class LatentsSource:
     """The `Source` of a folder of latents: from its shards, or with `in_memory` from one array that holds all.
 
     Attributes, beside those of `Source`:
-      codec: the record of the autoencoder.
       statistics: {mean, std}, each a value per channel, of latents as diffusion sees them: shifted and scaled.
     """
 

@@ -36,6 +36,7 @@ class Source(Protocol):
       class_names: one per class, in label order.
       image_shape: (H, W, C) of every image, or of its latents.
       bad_files: what could not be read so far -> why. Grows while loader threads read.
+      codec: of latents, the record of the autoencoder; None of images.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Source(Protocol):
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
     bad_files: dict[str, str]
+    codec: dict[str, Any] | None
 
     def __len__(self) -> int: ...
 
@@ -112,6 +114,7 @@ class ImageSource(ABC):
         self.class_names = class_names
         self.image_shape = image_shape
         self.bad_files: dict[str, str] = {}
+        self.codec = None
 
     @abstractmethod
     def __len__(self) -> int:

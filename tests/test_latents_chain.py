@@ -1,0 +1,162 @@
+"""From photographs to samples as a user does it: prepare, train, sample, decode."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from autoencoders import make_kl
+from PIL import Image
+
+from sddit_jax.checkpoint import Checkpointer
+from sddit_jax.codec import LatentCodec
+from sddit_jax.config import default_config, resolve
+from sddit_jax.errors import ConfigError
+from sddit_jax.models.autoencoder import Autoencoder
+from sddit_jax.recipes import imagenet
+from sddit_jax.weights.autoencoder import load_autoencoder
+
+ROOT = Path(__file__).parents[1]
+WIDTHS = (8, 8, 16, 16)
+
+
+def command(name, *arguments, code=0):
+    done = subprocess.run(
+        [sys.executable, "-m", f"sddit_jax.{name}", *map(str, arguments)],
+        cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    path = tmp_path_factory.mktemp("vae")
+    make_kl(block_out_channels=WIDTHS).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """ImageNet photographs by their class, from a package that ships some."""
+    package = importlib.util.find_spec("foolbox")
+    assert package is not None, "pip install -e '.[test]' installs foolbox, whose photographs this test reads"
+    path = tmp_path_factory.mktemp("photographs")
+    for file in sorted(Path(package.origin).parent.glob("data/imagenet_*.jpg")):
+        folder = path / file.stem.rpartition("_")[2]
+        folder.mkdir(exist_ok=True)
+        shutil.copy(file, folder)
+    assert sum(1 for _ in path.rglob("*.jpg")) == 20
+    return path
+
+
+@pytest.fixture(scope="module")
+def latents(photographs, vae, tmp_path_factory):
+    output = tmp_path_factory.mktemp("latents")
+    command("prepare", f"--source=folder:{photographs}", f"--vae={vae}", "--resolution=64", f"--output={output}",
+            "--batch_size=8", "--records_per_shard=8")  # fmt: skip
+    return output
+
+
+def config_of(latents):
+    return f"--config={ROOT}/tests/configs/latents.py:{latents}"
+
+
+def test_photographs_become_samples(latents, vae, tmp_path):
+    workdir, classes = tmp_path / "run", json.loads((latents / "latents.json").read_text())["class_names"]
+    flags = [f"--config.model.num_classes={len(classes)}", f"--config.codec.autoencoder={vae}"]
+    # Large enough for a step to take its time, beside which the wait for a batch is nothing.
+    flags += ["--config.model.width=192", "--config.model.heads=6", "--config.model.depth=6"]
+    command("main", config_of(latents), f"--workdir={workdir}", *flags)
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 20
+    assert 0 < rows[-1]["train/loss"] < 10
+    assert rows[-1]["perf/data_wait_seconds"] < 0.05 * rows[-1]["perf/step_seconds"]
+    with Image.open(workdir / "samples" / "20.png") as grid:
+        assert grid.mode == "RGB"
+        assert min(grid.size) > 2 * 64
+
+    command("sample", f"--workdir={workdir}", f"--output={tmp_path}/out", "--num_samples=5", "--labels=0,1")
+    images = np.load(tmp_path / "out" / "samples.npz")["arr_0"]
+    assert (images.shape, images.dtype) == ((5, 64, 64, 3), np.uint8)
+    record = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert record["codec"]["factor"] == 8
+    assert record["autoencoder"] == str(vae)
+
+    command("sample", f"--workdir={workdir}", f"--output={tmp_path}/raw", "--num_samples=5", "--labels=0,1", "--vae=")
+    raw = np.load(tmp_path / "raw" / "latents.npz")["arr_0"]
+    config, params = load_autoencoder(vae)
+    decoded = jax.jit(Autoencoder(config).decode)(params, raw)
+    expected = np.clip(127.5 * np.asarray(decoded) + 128, 0, 255).astype(np.uint8)
+    assert np.abs(images.astype(int) - expected).max() <= 1
+
+
+def test_a_run_on_latents_is_continued_bit_for_bit(latents, tmp_path):
+    classes = json.loads((latents / "latents.json").read_text())["class_names"]
+    flags = (config_of(latents), f"--config.model.num_classes={len(classes)}")
+    command("main", *flags, f"--workdir={tmp_path}/whole", "--config.checkpoint.keep_last=2")
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "20")
+    more = ("--config.data.in_memory=true", "--config.data.verify=true")
+    assert "from step 10 to 20" in command("main", *flags, f"--workdir={tmp_path}/parts", *more).stderr
+    whole, parts = (
+        Checkpointer(tmp_path / name / "checkpoints", read_only=True).read_meta(20)["digests"]
+        for name in ("whole", "parts")
+    )
+    assert whole == parts
+
+
+def test_what_does_not_fit_stops_before_the_first_step(latents, vae, tmp_path):
+    other = tmp_path / "other_vae"
+    make_kl(block_out_channels=WIDTHS, seed=5).save_pretrained(other)
+    classes = json.loads((latents / "latents.json").read_text())["class_names"]
+    flags = (config_of(latents), f"--workdir={tmp_path}/run", f"--config.model.num_classes={len(classes)}")
+    for more, message in (
+        (f"--config.codec.autoencoder={other}", "but the latents were made with"),
+        ("--config.codec.scale=(0.5,)", "codec.scale is (0.5,), but latents:"),
+        ("--config.codec.name=pixels", "codec.name is 'pixels', but data.source is 'latents:"),
+        ("--config.model.num_classes=3", f"has {len(classes)} classes; set model.num_classes"),
+        ("--config.model.image_size=16", "image_size=16, channels=4; the latents are image_size=8"),
+    ):
+        assert message in command("main", *flags, more, code=2).stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_the_samples_of_a_gaussian_have_its_mean_and_deviation():
+    rng = np.random.default_rng(0)
+    moments = np.stack([rng.normal(size=(8, 8, 4)), rng.uniform(0.1, 2, size=(8, 8, 4))]).astype(np.float16)
+    codec = LatentCodec((0.1,), (0.5,))
+    many = {"moments": np.broadcast_to(moments, (20_000, *moments.shape))}
+    z = np.asarray(jax.jit(codec.clean)(many, jax.random.key(0)), np.float64)
+    np.testing.assert_allclose(z.mean(axis=0), (moments[0].astype(float) - 0.1) * 0.5, atol=0.04)
+    np.testing.assert_allclose(z.std(axis=0), moments[1].astype(float) * 0.5, rtol=0.03)
+    again = np.asarray(jax.jit(codec.clean)(many, jax.random.key(1)))
+    assert np.abs(again - z).mean() > 0.1
+
+
+@pytest.mark.parametrize("resolution", [256, 512])
+def test_the_imagenet_configs_and_their_arguments(resolution):
+    for text, width, batch_size in (("", 1152, 256), ("size=B/2,method=maskdit,data=/d", 768, 1024)):
+        config = resolve(imagenet(resolution, text))
+        assert (config.model.width, config.batch_size) == (width, batch_size)
+        assert (config.model.image_size, config.model.channels, config.model.num_classes) == (resolution // 8, 4, 1000)
+        assert config.data.source == ("latents:/d" if "data" in text else "latents:")
+    assert resolve(imagenet(resolution, "")).objectives == resolve(default_config("sd_dit")).objectives
+    maskdit = resolve(imagenet(resolution, "method=maskdit"))
+    assert maskdit.objectives.reconstruction.weight == 0.1
+    assert maskdit.steps == (2_000_000 if resolution == 256 else 1_000_000)
+    for text, message in (
+        ("sise=B/2", r"'sise=B/2' is not one of size=..., method=..., data=..."),
+        ("B/2", r"'B/2' is not one of"),
+        ("method=dino", r"method=dino is not one of sd_dit"),
+        ("size=Q/2", r"'Q/2' is not one of S, B"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            imagenet(resolution, text)
