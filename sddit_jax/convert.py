@@ -12,35 +12,15 @@ An imported workdir is like one that main trained, at step 0: sample from it, or
 missing, surplus or of another shape; --partial loads what fits. Nothing in a file is executed.
 """
 
-import dataclasses
-import hashlib
-import json
-import logging
-import shutil
-from collections.abc import Mapping
-from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any
 
-import jax
-import numpy as np
-import safetensors.numpy
 from absl import flags
 from ml_collections import config_flags
 
-from sddit_jax import cli, sharding
-from sddit_jax import config as config_lib
-from sddit_jax.checkpoint import Checkpointer
-from sddit_jax.errors import CheckpointError, ConfigError, UserError, WeightsError
-from sddit_jax.interop.layouts import DIT, MASKDIT, OWN, Layout, few, fit, homeless, shapes_of
-from sddit_jax.interop.state_dict import from_state_dict, places, to_state_dict
-from sddit_jax.models.transformer import Network
-from sddit_jax.runs import CHECKPOINTS, abstract_state, open_checkpoints, restore_run, write_config
-from sddit_jax.schema import Config, Parallel
-from sddit_jax.state import make_parts
-from sddit_jax.weights.files import SAFETENSORS_SUFFIX, TORCH_SUFFIXES, import_torch, open_checkpoint
-
-log = logging.getLogger("sddit_jax")
+from sddit_jax import cli
+from sddit_jax.errors import UserError
+from sddit_jax.interop.layouts import DIT, MASKDIT, OWN
+from sddit_jax.interop.transfer import export, import_
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run to export, or a new folder to import into.")
 OUTPUT = flags.DEFINE_string("output", None, "File to write.")
@@ -75,189 +55,6 @@ def main(command: str = "", file: str = "") -> None:
         if not file or OUTPUT.value or WEIGHTS.value or STEP.value:
             raise UserError(f"{command} is written {command} FILE --workdir=NEW [--config] [--partial]")
         import_(layouts[name], Path(file).expanduser(), workdir, CONFIG.value, PARTIAL.value)
-
-
-def export(layout: Layout, workdir: Path, output: Path, weights: str | None, step: int | None = None) -> None:
-    """Writes the weights of a run's checkpoint to `output`, whole or not at all.
-
-    Ours is a safetensors file of one set of weights, with the configuration in its metadata. Those of DiT and MaskDiT
-    are files of torch.save: one set of weights as DiT publishes it, or a dict of "model" (as trained) and "ema".
-    """
-    weights = weights or ("both" if layout is MASKDIT else "ema")
-    suffixes = (SAFETENSORS_SUFFIX,) if layout is OWN else TORCH_SUFFIXES
-    if output.suffix not in suffixes:
-        raise UserError(f"--output={output} should end in {' or '.join(suffixes)}")
-    if layout is OWN and weights == "both":
-        raise UserError("--weights=both: a safetensors file has one set of weights; choose ema or params")
-    config, trees, meta = _read_weights(workdir, weights, step)
-    if layout is DIT and config.model.num_classes and config.model.null_label == "zero":
-        config, trees = _with_null_row(config, trees)
-    network = Network(config)
-    entries = layout.entries(network)
-    if without := homeless(layout, network):
-        raise WeightsError(f"{layout.name}'s code has no place for {few(without)} of this network")
-    for difference in _differences(layout, network, config):
-        log.warning("%s's code will compute something else: %s", layout.name, difference)
-    files = {}
-    for name, tree in trees.items():
-        arrays = to_state_dict(tree, network)
-        files[name] = {key: entry.to_file(arrays) for key, entry in entries.items()}
-    temporary = output.with_name(f".{output.name}.tmp")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        if layout is OWN:
-            _save_safetensors(temporary, next(iter(files.values())), meta, weights)
-            temporary.chmod(mode)  # safetensors' own files are for their owner alone
-        else:
-            _save_torch(temporary, files, layout.prefix)
-        temporary.replace(output)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        # The two writers have errors of their own for a full disk.
-        with suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"--output={output} could not be written: {error}") from error
-    log.info("%s of step %d in %s: %d tensors each", " and ".join(files), meta["step"], output, len(entries))
-
-
-def import_(layout: Layout, file: Path, workdir: Path, config: Any = None, partial: bool = False) -> None:
-    """Makes a run at step 0 of a file of weights, with an EMA that goes on without warm-up.
-
-    config: a ConfigDict of the network to import into; None: what the file tells. Raises WeightsError or UserError, and
-    then leaves no workdir.
-    """
-    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-        raise CheckpointError(f"--workdir={workdir} is not empty; weights are imported into a new folder")
-    groups, skipped, metadata = open_checkpoint(file)
-    found = ", ".join(f"{name or 'weights'} ({len(tensors)} tensors)" for name, tensors in groups.items())
-    log.info("%s has %s%s", file, found, f"; passed over: {', '.join(skipped)}" if skipped else "")
-    params, ema = (_choose(file, groups, order) for order in (("model", "ema"), ("ema", "model")))
-    if config is not None:
-        config = config_lib.resolve(config)
-    elif layout is OWN:
-        config = _own_config(file, metadata)
-    else:
-        config = config_lib.resolve(layout.infer(shapes_of(groups[ema])))
-    config = dataclasses.replace(config, ema=dataclasses.replace(config.ema, warmup=False))
-    network = Network(config)
-    names = places(network)
-
-    def tree(group: str) -> Any:
-        where = f"{file}, {group}" if group else str(file)
-        arrays, faults = fit(layout, network, groups[group], where, partial=partial)
-        for fault in faults:
-            log.warning("%s: %s", where, fault)
-        if names.keys() - arrays.keys():
-            fresh = to_state_dict(jax.jit(network.init)(jax.random.key(config.seed)), network)
-            log.warning("%s: %d of the network's %d tensors are fresh", where, len(names) - len(arrays), len(names))
-            arrays = fresh | arrays
-        return from_state_dict(arrays, network)
-
-    source = {"file": file.name, "sha256": _sha256(file), "layout": layout.name}
-    _write_run(workdir, config, tree(params), None if ema == params else tree(ema), source)
-    log.info("%s is in %s, as a run at step 0", file.name, workdir)
-
-
-def _own_config(file: Path, metadata: Mapping[str, str]) -> Config:
-    if "config" not in metadata:
-        raise WeightsError(f"{file} has no configuration in its metadata; --config must say which network this is")
-    try:
-        values = json.loads(metadata["config"])
-        if not isinstance(values, dict):
-            raise WeightsError(f"{file}: the configuration in its metadata is a {type(values).__name__}, not an object")
-        return config_lib.resolve(values)
-    except ValueError as error:
-        raise WeightsError(f"{file}: the configuration in its metadata is no JSON: {error}") from error
-    except ConfigError as error:
-        raise WeightsError(f"{file}: the configuration in its metadata cannot be used: {error}") from error
-
-
-def _choose(file: Path, groups: Mapping[str, Any], order: tuple[str, ...]) -> str:
-    for name in (*order, ""):
-        if name in groups:
-            return name
-    raise WeightsError(f"{file} has tensors under {', '.join(groups)}, but none under {' or '.join(order)}")
-
-
-def _differences(layout: Layout, network: Network, config: Config) -> list[str]:
-    """What a public code will take for granted of a file in its layout, where this network is otherwise."""
-    if layout.infer is None:
-        return []
-    try:
-        theirs = config_lib.resolve(layout.infer({name: e.shape for name, e in layout.entries(network).items()}))
-    except WeightsError as error:
-        return [str(error)]
-    computed = ("model.heads", "model.decoder_heads", "diffusion.", "codec.")
-    lines = config_lib.identity_differences(config, theirs)
-    return [line for line in lines if line.startswith(computed) and not line.startswith("diffusion.log_sigma")]
-
-
-def _read_weights(workdir: Path, weights: str, step: int | None) -> tuple[Config, dict[str, Any], dict[str, Any]]:
-    """A checkpoint's configuration, its weights ("model": as trained, and "ema", or one of them), and its record."""
-    if weights == "ema":
-        ema, meta = open_checkpoints(workdir).restore_ema(step=step)
-        return config_lib.resolve(meta["config"]), {"ema": ema["default"]}, meta
-    config, state, meta = restore_run(workdir, _mesh(), step)
-    trees = {"model": state["params"], "ema": state["ema"]["default"]}
-    return config, trees if weights == "both" else {"model": trees["model"]}, meta
-
-
-def _write_run(workdir: Path, config: Config, params: Any, ema: Any, source: Mapping[str, str]) -> None:
-    """A new run at step 0, whole or not at all."""
-    parts = make_parts(config)
-    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(parts, _mesh()))
-    params = jax.device_put(params, layout["params"])
-    ema = None if ema is None else jax.device_put(ema, layout["ema"]["default"])
-    state = jax.jit(parts.state_from, out_shardings=layout)(params, ema)
-    meta = {"config": config_lib.to_dict(config), "codec": parts.codec.record(), "imported": dict(source)}
-    temporary = workdir.with_name(f".{workdir.name}.tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        write_config(temporary, config)
-        with closing(Checkpointer(temporary / CHECKPOINTS)) as checkpointer:
-            checkpointer.save(0, state, meta)
-        temporary.replace(workdir)
-    except (OSError, CheckpointError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(f"--workdir={workdir} could not be written: {error}") from error
-
-
-def _mesh() -> jax.sharding.Mesh:
-    """All devices share the parameters: one alone may be too small for a train state."""
-    return sharding.make_mesh(Parallel(data=1, fsdp=-1))
-
-
-def _with_null_row(config: Config, trees: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
-    """The same networks with a row of zeros for the null label."""
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, null_label="row"))
-
-    def with_row(tree: Any) -> Any:
-        label = {"table": np.pad(np.asarray(tree["encoder"]["label"]["table"]), ((0, 1), (0, 0)))}
-        return {**tree, "encoder": {**tree["encoder"], "label": label}}
-
-    return config, {name: with_row(tree) for name, tree in trees.items()}
-
-
-def _save_safetensors(path: Path, arrays: dict[str, np.ndarray], meta: Mapping[str, Any], weights: str) -> None:
-    record = {"config": json.dumps(meta["config"]), "codec": json.dumps(meta["codec"])}
-    metadata = {"format": "pt", "weights": weights, "step": str(meta["step"]), **record}
-    safetensors.numpy.save_file(arrays, path, metadata=metadata)
-
-
-def _save_torch(path: Path, files: Mapping[str, Mapping[str, np.ndarray]], prefix: str) -> None:
-    torch = import_torch()
-    content = {
-        name: {prefix + key: torch.from_numpy(np.require(array, requirements="W")) for key, array in arrays.items()}
-        for name, arrays in files.items()
-    }
-    torch.save(content if len(content) > 1 or prefix else next(iter(content.values())), path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

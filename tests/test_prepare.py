@@ -20,7 +20,8 @@ import pytest
 from autoencoders import make_kl
 from PIL import Image
 
-from sddit_jax import prepare, sharding
+from sddit_jax import sharding
+from sddit_jax.data import preparation
 from sddit_jax.data.images import read_image
 from sddit_jax.data.latents import LatentsSource
 from sddit_jax.data.sources import open_source
@@ -66,11 +67,11 @@ def run(spec: str, vae: Path, output: Path, *, split: str = "train", batch_size:
     config, params = load_autoencoder(vae)
     source = open_source(spec, split=split, image_size=SIZE, channels=3)
     autoencoder = Autoencoder(config)
-    plan = prepare.make_plan(
+    plan = preparation.make_plan(
         source, split, autoencoder, params, batch_size=batch_size, records_per_shard=records_per_shard
     )
-    encode = prepare.make_encode(autoencoder, params, sharding.make_mesh(Parallel()))
-    prepare.prepare(source, plan, encode, output, num_threads=2)
+    encode = preparation.make_encode(autoencoder, params, sharding.make_mesh(Parallel()))
+    preparation.prepare(source, plan, encode, output, num_threads=2)
     return source, autoencoder, params
 
 
@@ -207,7 +208,7 @@ class TestLatents:
         config, params = load_autoencoder(vae)
         source = open_source(f"folder:{images}", split="train", image_size=36, channels=3)
         with pytest.raises(ConfigError, match="36 x 36 pixels; this autoencoder needs multiples of 8"):
-            prepare.make_plan(source, "train", Autoencoder(config), params, batch_size=8, records_per_shard=8)
+            preparation.make_plan(source, "train", Autoencoder(config), params, batch_size=8, records_per_shard=8)
 
     def test_go_on_only_with_what_they_were_begun_with(self, images, vae, tmp_path):
         run(f"folder:{images}", vae, tmp_path)

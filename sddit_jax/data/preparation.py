@@ -1,0 +1,201 @@
+"""Latents of images: decoded ahead by threads, encoded with their mirror images on all devices, written by shards."""
+
+import collections
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sddit_jax import sharding
+from sddit_jax.data import shards
+from sddit_jax.data.images import BadImageError
+from sddit_jax.data.sources import ImageSource
+from sddit_jax.errors import Interrupted
+from sddit_jax.models.autoencoder import Autoencoder
+from sddit_jax.reporting import Progress
+from sddit_jax.signals import stop_signals
+from sddit_jax.weights.files import weights_hash
+
+log = logging.getLogger("sddit_jax")
+
+Encode = Callable[[np.ndarray], jax.Array]
+
+
+def make_encode(autoencoder: Autoencoder, params: Any, mesh: jax.sharding.Mesh) -> Encode:
+    """uint8 images [B, H, W, C] -> moments float16 [B, 2, 2, h, w, c]; axis 1: image, mirror image; axis 2: mean, std.
+
+    The rows are split over the mesh's devices.
+    """
+    rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    params = jax.device_put(params, everywhere)
+
+    def encode(params: Any, image_BHWC: jax.Array) -> jax.Array:
+        x_BHWC = image_BHWC.astype(jnp.float32) / 127.5 - 1
+        both_BMHWC = jnp.stack([x_BHWC, x_BHWC[:, :, ::-1]], axis=1)
+        mean_BHWC, std_BHWC = autoencoder.encode(params, both_BMHWC.reshape(-1, *image_BHWC.shape[1:]))
+        moments = jnp.stack([mean_BHWC, std_BHWC], axis=1).astype(jnp.float16)
+        return moments.reshape(-1, 2, *moments.shape[1:])
+
+    compiled = jax.jit(encode, in_shardings=(everywhere, rows), out_shardings=rows)
+    return lambda image_BHWC: compiled(params, jax.device_put(image_BHWC, rows))
+
+
+def make_plan(
+    source: ImageSource,
+    split: str,
+    autoencoder: Autoencoder,
+    params: Any,
+    *,
+    batch_size: int,
+    records_per_shard: int,
+) -> shards.Plan:
+    """What is to be written. Raises ConfigError for a resolution that the autoencoder does not take."""
+    image_BHWC = jax.ShapeDtypeStruct((1, *source.image_shape), jnp.uint8)
+    latent = jax.eval_shape(autoencoder.encode, params, image_BHWC)[0]
+    config = autoencoder.config
+    codec = {
+        "name": "latents",
+        # Of the encoder alone: decoders that were tuned afterwards decode the same latents.
+        "weights": weights_hash(params["encoder"]),
+        "channels": config.latent_channels,
+        "factor": autoencoder.factor,
+        "scaling_factor": config.scaling_factor,
+        "shift_factor": config.shift_factor,
+        "resolution": source.image_shape[0],
+        "pixel_range": [-1, 1],
+    }
+    names = "\n".join(source.locate(i) for i in range(len(source)))
+    return shards.Plan(
+        source=source.name,
+        source_split=split,
+        source_records=len(source),
+        source_files=hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16],
+        class_names=source.class_names,
+        codec=codec,
+        latent_shape=latent.shape[1:],
+        batch_size=batch_size,
+        dtype=autoencoder.dtype.name,
+        records_per_shard=records_per_shard,
+    )
+
+
+def prepare(
+    source: ImageSource,
+    plan: shards.Plan,
+    encode: Encode,
+    output: Path,
+    *,
+    num_threads: int = 16,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> None:
+    """Writes this process's shards that are not there yet, waits for those of others, and completes the folder.
+
+    Shard k is the work of process k % process_count.
+
+    Raises:
+      DataError: the folder is that of another plan, cannot be written, or not one image can be read.
+      Interrupted: by a signal.
+    """
+    shards.begin(output, plan)
+    own = range(process_index, plan.num_shards, process_count)
+    missing = [shard for shard in shards.unfinished(output, plan) if shard in own]
+    total, left = (sum(len(plan.images(shard)) for shard in group) for group in (own, missing))
+    progress = Progress(total, total - left, primary=process_index == 0, unit="image")
+    began = time.monotonic()
+
+    with stop_signals() as signals, closing(progress), ThreadPoolExecutor(num_threads) as pool:
+
+        def check_signals() -> None:
+            if signals:
+                raise Interrupted(f"{signals[0]}: finished shards are kept in {output}; the same command goes on")
+
+        def watched(batches: Iterator[shards.Moments], done: int, first: int) -> Iterator[shards.Moments]:
+            for moments, label, index in batches:
+                check_signals()
+                yield moments, label, index
+                now = done + int(index[-1]) + 1 - first
+                progress.show(total - left + now, f"{now / (time.monotonic() - began):.4g} images/s")
+
+        done = 0
+        for shard in missing:
+            images, bad_files = plan.images(shard), {}
+            read = _read_ahead(source, images, pool, ahead=2 * plan.batch_size)
+            batches = _encoded(encode, _batches(source, read, plan.batch_size, bad_files))
+            shards.write_shard(output, plan, shard, watched(batches, done, images.start), bad_files)
+            done += len(images)
+        if shards.unfinished(output, plan):
+            log.info("process %d has written its shards, and waits for the others", process_index)
+        while shards.unfinished(output, plan):
+            check_signals()
+            time.sleep(1)
+    if process_index == 0:
+        records = shards.finish(output, plan)
+        log.info("latents of %d images in %s", records, output)
+        if bad := plan.source_records - records:
+            log.warning("%d images could not be read and are left out: %s", bad, output / shards.BAD_FILES)
+
+
+def _read_ahead(source: ImageSource, numbers: range, pool: ThreadPoolExecutor, ahead: int) -> Iterator[tuple[int, Any]]:
+    """Each number with what `source.load` gives or the BadImageError that it raises, in order."""
+
+    def read(number: int) -> tuple[int, Any]:
+        try:
+            return number, source.load(number)
+        except BadImageError as error:
+            return number, error
+
+    pending: collections.deque[Future] = collections.deque()
+    for number in numbers:
+        pending.append(pool.submit(read, number))
+        if len(pending) > ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def _batches(
+    source: ImageSource, read: Iterator[tuple[int, Any]], batch_size: int, bad_files: dict[str, str]
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Images uint8 [batch_size, H, W, C], the last ones padded with zeros; label and number [b] of the b real ones."""
+    rows = []
+    for number, result in read:
+        if isinstance(result, BadImageError):
+            bad_files[source.locate(number)] = str(result)
+            continue
+        rows.append((*result, number))
+        if len(rows) == batch_size:
+            yield _stacked(rows, batch_size)
+            rows = []
+    if rows:
+        yield _stacked(rows, batch_size)
+
+
+def _stacked(rows: list[tuple[np.ndarray, int, int]], batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    images, label, number = zip(*rows, strict=True)
+    image_BHWC = np.zeros((batch_size, *images[0].shape), np.uint8)
+    image_BHWC[: len(images)] = images
+    return image_BHWC, np.array(label, np.int32), np.array(number, np.int64)
+
+
+def _encoded(encode: Encode, batches: Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Iterator[shards.Moments]:
+    """Moments, label and number of the real rows. The device computes a batch while the one before is written."""
+    waiting: collections.deque[tuple[jax.Array, np.ndarray, np.ndarray]] = collections.deque()
+    for image_BHWC, label, number in batches:
+        waiting.append((encode(image_BHWC), label, number))
+        if len(waiting) > 1:
+            yield _fetched(*waiting.popleft())
+    while waiting:
+        yield _fetched(*waiting.popleft())
+
+
+def _fetched(moments: jax.Array, label: np.ndarray, number: np.ndarray) -> shards.Moments:
+    return jax.device_get(moments)[: len(label)], label, number
