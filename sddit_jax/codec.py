@@ -37,7 +37,8 @@ class Codec(abc.ABC):
         """What a dataset, a checkpoint and a file of samples say about it."""
         return {"name": self.name, "mean": list(self.mean), "scale": list(self.scale)}
 
-    def _normalise(self, x_BHWC: jax.Array) -> jax.Array:
+    def normalise(self, x_BHWC: jax.Array) -> jax.Array:
+        """x as the network sees it."""
         return (x_BHWC - _row(self.mean)) * _row(self.scale)
 
     def _restore(self, z_BHWC: jax.Array) -> jax.Array:
@@ -56,7 +57,7 @@ class PixelCodec(Codec):
 
     def encode(self, image_BHWC: jax.Array) -> jax.Array:
         """uint8 [B, H, W, C] -> float32."""
-        return self._normalise(image_BHWC.astype(jnp.float32) / 127.5 - 1)
+        return self.normalise(image_BHWC.astype(jnp.float32) / 127.5 - 1)
 
     def decode(self, z_BHWC: jax.Array) -> jax.Array:
         """float32 -> uint8 by clip(127.5 x + 128), the rounding of DiT and EDM; the exact inverse of `encode`."""
@@ -77,7 +78,7 @@ class LatentCodec(Codec):
     def encode_moments(self, moments_B2HWC: jax.Array, eps_BHWC: jax.Array) -> jax.Array:
         """Mean and standard deviation of the autoencoder's Gaussian, and standard normal noise -> a sample as z."""
         mean_BHWC, std_BHWC = jnp.moveaxis(moments_B2HWC.astype(jnp.float32), 1, 0)
-        return self._normalise(mean_BHWC + std_BHWC * eps_BHWC)
+        return self.normalise(mean_BHWC + std_BHWC * eps_BHWC)
 
     def decode(self, z_BHWC: jax.Array) -> jax.Array:
         """z -> latents for the autoencoder's decoder, float32."""

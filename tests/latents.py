@@ -1,6 +1,10 @@
-"""Folders of latents with known values."""
+"""Folders of latents with known values, and ImageNet as TensorFlow Datasets gives it."""
+
+import contextlib
+import io
 
 import numpy as np
+import tensorflow_datasets as tfds
 
 from sddit_jax.data import shards
 
@@ -45,3 +49,20 @@ def write_latents(folder, plan: shards.Plan, bad=()) -> None:
         left_out = {f"{i}.png": "not an image" for i in bad if i in plan.images(shard)}
         shards.write_shard(folder, plan, shard, batches(plan, shard, bad), left_out)
     shards.finish(folder, plan)
+
+
+@contextlib.contextmanager
+def imagenet_of_tfds(count: int, photo):
+    """tfds:imagenet2012 has `count` validation images, photo(i) with the label 83 i, as encoded files."""
+
+    def records(builder, split, decoders):
+        assert (builder.name, split) == ("imagenet2012", f"validation[:{count}]")
+        encoded = []
+        for i in range(count):
+            file = io.BytesIO()
+            photo(i).save(file, "JPEG")
+            encoded.append({"image": file.getvalue(), "label": 83 * i, "file_name": f"{i}.JPEG"})
+        return encoded
+
+    with tfds.testing.mock_data(as_data_source_fn=records):
+        yield

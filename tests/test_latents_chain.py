@@ -11,16 +11,23 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from autoencoders import make_kl
+import torch
+from autoencoders import make_kl, make_tiny
+from latents import imagenet_of_tfds
 from PIL import Image
 
 from sddit_jax.checkpoint import Checkpointer
 from sddit_jax.codec import LatentCodec
 from sddit_jax.config import default_config, resolve
-from sddit_jax.errors import ConfigError
+from sddit_jax.data.preparation import make_encode, make_plan, prepare
+from sddit_jax.data.sources import open_source
+from sddit_jax.errors import ConfigError, WeightsError
 from sddit_jax.models.autoencoder import Autoencoder
 from sddit_jax.recipes import imagenet
+from sddit_jax.schema import Parallel
+from sddit_jax.sharding import make_mesh
 from sddit_jax.weights.autoencoder import load_autoencoder
+from sddit_jax.weights.decoding import load_decode
 
 ROOT = Path(__file__).parents[1]
 WIDTHS = (8, 8, 16, 16)
@@ -96,6 +103,39 @@ def test_photographs_become_samples(latents, vae, tmp_path):
     decoded = jax.jit(Autoencoder(config).decode)(params, raw)
     expected = np.clip(127.5 * np.asarray(decoded) + 128, 0, 255).astype(np.uint8)
     assert np.abs(images.astype(int) - expected).max() <= 1
+
+
+def test_imagenet_of_tfds_becomes_samples(vae, tmp_path):
+    """Prepared in this process, where the dataset is mocked; the rest by commands."""
+    output, workdir = tmp_path / "latents", tmp_path / "run"
+    config, params = load_autoencoder(vae)
+    autoencoder = Autoencoder(config)
+    with imagenet_of_tfds(
+        12, lambda i: Image.fromarray(np.random.default_rng(i).integers(0, 256, (70, 90, 3), np.uint8))
+    ):
+        source = open_source("tfds:imagenet2012", split="validation[:12]", image_size=64, channels=3)
+        plan = make_plan(source, "validation[:12]", autoencoder, params, batch_size=8, records_per_shard=8)
+        prepare(source, plan, make_encode(autoencoder, params, make_mesh(Parallel())), output, num_threads=2)
+    flags = ("--config.data.split=validation", "--config.model.num_classes=1000", "--config.data.in_memory=true")
+    command("main", config_of(output), f"--workdir={workdir}", *flags)
+    command("sample", f"--workdir={workdir}", f"--output={tmp_path}/out", "--num_samples=4", f"--vae={vae}")
+    assert np.load(tmp_path / "out" / "samples.npz")["arr_0"].shape == (4, 64, 64, 3)
+    with Image.open(tmp_path / "out" / "grid.png") as grid:
+        assert grid.mode == "RGB"
+
+
+def test_a_tiny_autoencoder_decodes_what_diffusion_sees(tmp_path):
+    tiny = make_tiny()
+    tiny.save_pretrained(tmp_path / "taesd")
+    codec = {"name": "latents", "channels": 4, "weights": "of another encoder", "mean": [0.1], "scale": [0.5]}
+    decode = load_decode(str(tmp_path / "taesd"), codec, make_mesh(Parallel()))
+    latents = np.random.default_rng(0).normal(size=(5, 4, 4, 4)).astype(np.float32)
+    z = torch.tensor(((latents - 0.1) * 0.5).transpose(0, 3, 1, 2))
+    with torch.no_grad():
+        expected = (127.5 * tiny.decode(z).sample + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    assert np.abs(decode(latents).astype(int) - expected.numpy()).max() <= 1
+    with pytest.raises(WeightsError, match="has 4 latent channels, but the network learnt 16"):
+        load_decode(str(tmp_path / "taesd"), codec | {"channels": 16}, make_mesh(Parallel()))
 
 
 def test_a_run_on_latents_is_continued_bit_for_bit(latents, tmp_path):

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import io
 import json
 import os
 import random
@@ -18,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 from autoencoders import make_kl
+from latents import imagenet_of_tfds
 from PIL import Image
 
 from sddit_jax import sharding
@@ -167,18 +167,7 @@ class TestLatents:
             assert reason in reasons[name]
 
     def test_of_imagenet_as_tfds_gives_it(self, vae, tmp_path):
-        import tensorflow_datasets as tfds
-
-        def records(builder, split, decoders):
-            assert (builder.name, split) == ("imagenet2012", "validation[:12]")
-            encoded = []
-            for i in range(12):
-                file = io.BytesIO()
-                photo(i).save(file, "JPEG")
-                encoded.append({"image": file.getvalue(), "label": 83 * i, "file_name": f"{i}.JPEG"})
-            return encoded
-
-        with tfds.testing.mock_data(as_data_source_fn=records):
+        with imagenet_of_tfds(12, photo):
             source, autoencoder, params = run("tfds:imagenet2012", vae, tmp_path, split="validation[:12]")
         latents = LatentsSource(tmp_path, "validation", SHAPE)
         assert latents.num_classes == 1000

@@ -9,19 +9,21 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sddit_jax.codec import to_pixels
-from sddit_jax.models.autoencoder import Autoencoder
 
 Decode = Callable[[np.ndarray], np.ndarray]
 
 
-def make_decode(autoencoder: Autoencoder, params: Any, mesh: Mesh, rows_per_device: int = 4) -> Decode:
+def make_decode(
+    decoder: Callable[[Any, jax.Array], jax.Array], params: Any, mesh: Mesh, rows_per_device: int = 4
+) -> Decode:
     """decode(latents float32 [N, h, w, c]) -> uint8 images [N, H, W, 3] on the host, compiled once.
 
-    In batches of `rows_per_device` for each device: at 512 pixels an image takes a gigabyte on its way.
+    decoder(params, latents [B, h, w, c]) -> images in [-1, 1]. In batches of `rows_per_device` for each device: at 512
+    pixels an image takes a gigabyte on its way.
     """
     rows, everywhere = NamedSharding(mesh, P(mesh.axis_names)), NamedSharding(mesh, P())
     params = jax.device_put(params, everywhere)
-    jitted = jax.jit(lambda params, z_BHWC: to_pixels(autoencoder.decode(params, z_BHWC)), out_shardings=rows)
+    jitted = jax.jit(lambda params, x_BHWC: to_pixels(decoder(params, x_BHWC)), out_shardings=rows)
     batch_size = rows_per_device * mesh.size
 
     def decode(latents_NHWC: np.ndarray) -> np.ndarray:

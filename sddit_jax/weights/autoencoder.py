@@ -118,6 +118,12 @@ def load_tiny_autoencoder(source: str | os.PathLike[str]) -> tuple[TinyAutoencod
     return config, fill(shapes, open_tensors(path), lambda ours: _substitute(ours, _TINY), path)
 
 
+def is_tiny(source: str | os.PathLike[str]) -> bool:
+    """Whether a source is a tiny autoencoder, by the config.json beside it. Raises WeightsError: no such source."""
+    path = _locate(source)
+    return path.with_name(CONFIG).is_file() and _read_config(path).get("_class_name") == "AutoencoderTiny"
+
+
 def _substitute(ours: str, table: tuple[tuple[str, str], ...]) -> str:
     for pattern, replacement in (*table, *_EVERYWHERE):
         ours = re.sub(pattern, replacement, ours)
