@@ -290,7 +290,7 @@ def test_what_an_objective_lacks_is_said():
 
 def test_labels_steps_and_the_sampler_are_checked():
     config = tiny_config("dit", DIT | {"sampling.solver": "ddpm", "sampling.steps": 250})
-    network, params = random_network(config)
+    _, params = random_network(config)
     twin = make_twin(config, params)
     for labels in ([99], [-1], [[0]]):
         with pytest.raises(ValueError, match="labels are 0 to 4"):
