@@ -13,7 +13,7 @@ from sddit_jax.metrics import nearest_neighbour_accuracy
 from sddit_jax.objectives.discrimination import Discrimination
 from sddit_jax.sampling.sampler import balanced_labels
 from sddit_jax.state import Parts, State
-from sddit_jax.train_step import CODEC_STREAM
+from sddit_jax.train_step import clean, step_key
 
 log = logging.getLogger("sddit_jax")
 Generate = Callable[[Any, int, np.ndarray], np.ndarray]
@@ -26,9 +26,8 @@ def discrimination_of(parts: Parts) -> Discrimination | None:
 
 def diagnose(parts: Parts, state: State, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """`Discrimination.diagnose` on a batch; its noise follows from the seed and the step. To be jitted."""
-    key = jax.random.fold_in(jax.random.key(parts.config.seed), state["step"])
-    x0_BHWC = parts.codec.clean(batch, jax.random.fold_in(key, CODEC_STREAM))
-    eps_BHWC = jax.random.normal(key, x0_BHWC.shape)
+    x0_BHWC = clean(parts, batch, state["step"])
+    eps_BHWC = jax.random.normal(step_key(parts, state["step"]), x0_BHWC.shape)
     objective = discrimination_of(parts)
     return objective.diagnose(
         state["aux"][objective.name], state["ema"]["default"], x0_BHWC, eps_BHWC, batch["label"], state["step"]

@@ -4,7 +4,8 @@ Every image is cropped as ADM does, and the autoencoder's mean and standard devi
 written to DIR, which --config.data.source=latents:DIR and TFDS's builder_from_directory read. The same command goes on
 after an interruption, and on the same devices the files end byte for byte as without one (on GPUs with
 XLA_FLAGS=--xla_gpu_deterministic_ops=true). Images that cannot be read are left out and listed in DIR/bad_files.json.
-Of several processes each writes shards of its own; they need to see the same DIR.
+Several processes share the work with --process_index=0 --process_count=4 and so on; they need to see the same DIR, and
+do not need to see each other.
 """
 
 from pathlib import Path
@@ -30,6 +31,9 @@ RECORDS = flags.DEFINE_integer("records_per_shard", 4096, "Images of a file; an 
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the autoencoder's products.")
 SCALING = flags.DEFINE_float("scaling_factor", None, "Instead of the autoencoder's own.")
 SHIFT = flags.DEFINE_float("shift_factor", None, "Instead of the autoencoder's own.")
+DOWNLOAD = flags.DEFINE_bool("download", False, "Let TensorFlow Datasets prepare what is missing of tfds:NAME.")
+PROCESS = flags.DEFINE_integer("process_index", None, "Which of several processes this is. Left out: as jax has it.")
+PROCESSES = flags.DEFINE_integer("process_count", None, "How many processes share the work. Left out: as jax has it.")
 NUM_THREADS = flags.DEFINE_integer("num_threads", 16, "Threads that decode images.", lower_bound=1)
 
 
@@ -40,6 +44,10 @@ def main() -> None:
     kind, _, path = SOURCE.value.partition(":")
     if kind not in ("folder", "tfds"):
         raise UserError(f"--source={SOURCE.value}: it should be folder:PATH or tfds:NAME")
+    index = jax.process_index() if PROCESS.value is None else PROCESS.value
+    count = jax.process_count() if PROCESSES.value is None else PROCESSES.value
+    if not 0 <= index < count:
+        raise UserError(f"--process_index={index} --process_count={count}: processes are numbered 0 to {count - 1}")
     config, params = load_autoencoder(VAE.value, scaling_factor=SCALING.value, shift_factor=SHIFT.value)
     source = open_source(
         # The same folder has the same name from wherever the command is run.
@@ -47,6 +55,7 @@ def main() -> None:
         split=SPLIT.value,
         image_size=RESOLUTION.value,
         channels=config.in_channels,
+        download=DOWNLOAD.value,
     )
     autoencoder = Autoencoder(config, DTYPE.value)
     plan = make_plan(
@@ -60,8 +69,8 @@ def main() -> None:
         make_encode(autoencoder, params, mesh),
         Path(OUTPUT.value).expanduser(),
         num_threads=NUM_THREADS.value,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=index,
+        process_count=count,
     )
 
 

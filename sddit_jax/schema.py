@@ -175,7 +175,7 @@ class Data:
     verify: bool = _default(False, "C", "compare the checksums of the files of latents before the first step")
     flip: bool = _default(True, "I", "mirror half of the images")
     num_threads: int = _default(16, "C", "reading threads", least=1)
-    prefetch: int = _default(8, "C", "batches read ahead", least=1)
+    prefetch: int = _default(16, "C", "batches read ahead", least=1)
 
 
 @dataclasses.dataclass(frozen=True)

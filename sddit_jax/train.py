@@ -16,7 +16,7 @@ from sddit_jax import evaluation, sharding
 from sddit_jax.checkpoint import Checkpointer
 from sddit_jax.data.loader import make_loader
 from sddit_jax.data.sources import Source, open_source
-from sddit_jax.errors import CheckpointError, ConfigError, Diverged, Interrupted
+from sddit_jax.errors import CheckpointError, ConfigError, DataError, Diverged, Interrupted
 from sddit_jax.reporting import MetricsLog, Progress, save_grid
 from sddit_jax.runs import CHECKPOINTS, CONFIG, abstract_state, read_config, restore_run, write_config
 from sddit_jax.sampling.decoding import Decode
@@ -50,9 +50,10 @@ def train(config: Config, workdir: Path) -> None:
     )
     restored = checkpointer.restore(abstract)
     if restored is not None:
-        state, _ = restored
+        state, meta = restored
+        _check_codec(workdir, meta["codec"], codec)
     elif config.init_from:
-        state = _started_from(Path(config.init_from).expanduser(), parts, mesh, layout)
+        state = _started_from(Path(config.init_from).expanduser(), parts, codec, mesh, layout)
     else:
         state = jax.jit(parts.init_state, out_shardings=layout)(jax.random.key(config.seed))
     start = int(state["step"])
@@ -129,7 +130,12 @@ class _Run:
         with stop_signals() as signals, closing(batches), closing(meter):
             for step in range(start + 1, config.steps + 1):
                 began = time.monotonic()
-                batch = sharding.put_batch(self.mesh, {k: v for k, v in next(batches).items() if k != "index"})
+                try:
+                    rows = next(batches)
+                except DataError:
+                    self._save_before_leaving(meter, pending, step - 1, state)
+                    raise
+                batch = sharding.put_batch(self.mesh, {k: v for k, v in rows.items() if k != "index"})
                 meter.waited += time.monotonic() - began
                 state, metrics = train_step(state, batch)
                 if self.diagnose and (step % config.log.diagnose_every == 0 or step == config.steps):
@@ -158,6 +164,18 @@ class _Run:
         if bad := len(self.source.bad_files):
             log.warning("%d images could not be read; others were used in their place", bad)
         return state
+
+    def _save_before_leaving(
+        self, meter: "_Meter", pending: tuple[int, dict[str, Any]] | None, step: int, state: State
+    ) -> None:
+        """Saves what was done before data that cannot be read. Alone: other processes may not have met it."""
+        if jax.process_count() > 1 or not step:
+            return
+        if pending is not None:
+            self._report(meter, *pending)
+        self.checkpointer.save(step, state, self.meta)
+        self.checkpointer.wait()
+        log.warning("step %d is saved in %s", step, self.workdir)
 
     def finish(self, state: State) -> None:
         """The evaluation that the config asks for, and the last pictures."""
@@ -251,10 +269,11 @@ def _open_source(config: Config) -> Source:
     )
     if source.codec is not None:
         for key, found in (("mean", source.codec["shift_factor"]), ("scale", source.codec["scaling_factor"])):
-            if set(getattr(config.codec, key)) != {found}:
+            values = getattr(config.codec, key)
+            if len(values) == 1 and values != (found,):
                 raise ConfigError(
-                    f"codec.{key} is {getattr(config.codec, key)}, but {source.name} was prepared with an autoencoder "
-                    f"whose latents need ({found},)"
+                    f"codec.{key} is {values}, but the autoencoder of {source.name} has ({found},); to scale the "
+                    f"channels otherwise on purpose, give a value for each"
                 )
     if m.num_classes and source.num_classes != m.num_classes:
         raise ConfigError(
@@ -264,9 +283,20 @@ def _open_source(config: Config) -> Source:
     return source
 
 
-def _started_from(run: Path, parts: Parts, mesh: jax.sharding.Mesh, layout: Any) -> State:
+def _check_codec(run: Path, learnt: dict[str, Any], codec: dict[str, Any]) -> None:
+    """Raises CheckpointError if a run's network learnt what another codec, or another autoencoder, makes of images."""
+    for key in ("name", "weights", "factor", "channels", "pixel_range"):
+        # Weights that come from another code say nothing of the autoencoder.
+        if learnt.get(key) is not None and codec.get(key) is not None and learnt[key] != codec[key]:
+            raise CheckpointError(
+                f"the network of {run} learnt data of codec {key} {learnt[key]}, but this data has {codec[key]}"
+            )
+
+
+def _started_from(run: Path, parts: Parts, codec: dict[str, Any], mesh: jax.sharding.Mesh, layout: Any) -> State:
     """A state at step 0 with the parameters and the EMA of another run's newest checkpoint."""
     config, state, meta = restore_run(run, mesh)
+    _check_codec(run, meta["codec"], codec)
     if config.model != parts.config.model:
         differences = [line for line in config_lib.identity_differences(config, parts.config) if "model." in line]
         raise CheckpointError(f"init_from {run} holds another model: {', '.join(differences)}")

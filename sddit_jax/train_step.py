@@ -21,6 +21,16 @@ Gradients = tuple[Any, Metrics, dict[str, Any]]
 CODEC_STREAM = 2**32 - 1
 
 
+def step_key(parts: Parts, step: jax.Array) -> jax.Array:
+    """The key of all that is random in a step."""
+    return jax.random.fold_in(jax.random.key(parts.config.seed), step)
+
+
+def clean(parts: Parts, batch: Batch, step: jax.Array) -> jax.Array:
+    """The clean images x0 of a step's batch; of latents, a sample of each image's Gaussian that the step draws."""
+    return parts.codec.clean(batch, jax.random.fold_in(step_key(parts, step), CODEC_STREAM))
+
+
 def draw(key: jax.Array, parts: Parts, x0_BHWC: jax.Array, label_B: jax.Array) -> dict[str, Any]:
     """All that is random in a step, for the whole batch: eps, sigma, mask, and which labels are dropped."""
     sigma_key, eps_key, mask_key, label_key = jax.random.split(key, 4)
@@ -97,9 +107,7 @@ def make_train_step(parts: Parts) -> TrainStep:
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         step = state["step"]
-        key = jax.random.fold_in(jax.random.key(config.seed), step)
-        x0_BHWC = parts.codec.clean(batch, jax.random.fold_in(key, CODEC_STREAM))
-        drawn = draw(key, parts, x0_BHWC, batch["label"])
+        drawn = draw(step_key(parts, step), parts, clean(parts, batch, step), batch["label"])
         gradients, metrics, statistics = accumulated_gradients_of(parts, state, drawn, config.parallel.microbatches)
 
         o = config.optimizer

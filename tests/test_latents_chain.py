@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from autoencoders import make_kl, make_tiny
+from helpers import tiny_config
 from latents import imagenet_of_tfds
 from PIL import Image
 
@@ -25,7 +27,9 @@ from sddit_jax.errors import ConfigError, WeightsError
 from sddit_jax.models.autoencoder import Autoencoder
 from sddit_jax.recipes import imagenet
 from sddit_jax.schema import Parallel
-from sddit_jax.sharding import make_mesh
+from sddit_jax.sharding import batch_sharding, make_mesh
+from sddit_jax.state import make_parts
+from sddit_jax.train_step import clean, draw, step_key
 from sddit_jax.weights.autoencoder import load_autoencoder
 from sddit_jax.weights.decoding import load_decode
 
@@ -160,13 +164,70 @@ def test_what_does_not_fit_stops_before_the_first_step(latents, vae, tmp_path):
     flags = (config_of(latents), f"--workdir={tmp_path}/run", f"--config.model.num_classes={len(classes)}")
     for more, message in (
         (f"--config.codec.autoencoder={other}", "but the latents were made with"),
-        ("--config.codec.scale=(0.5,)", "codec.scale is (0.5,), but latents:"),
+        ("--config.codec.scale=(0.5,)", "codec.scale is (0.5,), but the autoencoder of latents:"),
         ("--config.codec.name=pixels", "codec.name is 'pixels', but data.source is 'latents:"),
         ("--config.model.num_classes=3", f"has {len(classes)} classes; set model.num_classes"),
         ("--config.model.image_size=16", "image_size=16, channels=4; the latents are image_size=8"),
     ):
         assert message in command("main", *flags, more, code=2).stderr
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def flags_of(latents):
+    classes = json.loads((latents / "latents.json").read_text())["class_names"]
+    return config_of(latents), f"--config.model.num_classes={len(classes)}"
+
+
+def test_latents_of_another_autoencoder_are_not_trained_on(latents, photographs, tmp_path):
+    make_kl(block_out_channels=WIDTHS, seed=5).save_pretrained(tmp_path / "vae")
+    command("prepare", f"--source=folder:{photographs}", f"--vae={tmp_path}/vae", "--resolution=64",
+            f"--output={tmp_path}/latents", "--batch_size=8")  # fmt: skip
+    command("main", *flags_of(latents), f"--workdir={tmp_path}/run", "--config.steps=2")
+    message = "learnt data of codec weights"
+    other = flags_of(tmp_path / "latents")
+    assert message in command("main", *other, f"--workdir={tmp_path}/run", "--config.steps=4", code=2).stderr
+    new = (f"--workdir={tmp_path}/new", f"--config.init_from={tmp_path}/run")
+    assert message in command("main", *other, *new, code=2).stderr
+    command("main", *flags_of(latents), *new, "--config.steps=2")
+
+
+def test_a_record_damaged_during_a_run_costs_no_step(latents, tmp_path):
+    shutil.copytree(latents, tmp_path / "latents")
+    shard = sorted((tmp_path / "latents").glob("latents-train.array_record-*"))[1]
+    content = bytearray(shard.read_bytes())
+    content[4000] ^= 1
+    shard.write_bytes(content)
+    flags = (*flags_of(tmp_path / "latents"), f"--workdir={tmp_path}/run", "--config.batch_size=2")
+    # Read ahead of nothing, so that the first steps are done when the damage is met.
+    done = command("main", *flags, "--config.data.prefetch=1", code=2)
+    assert f"{shard} is damaged" in done.stderr
+    saved = int(re.search(r"step (\d+) is saved in", done.stderr)[1])
+    assert Checkpointer(tmp_path / "run" / "checkpoints", read_only=True).latest_step() == saved
+    shutil.copy(latents / shard.name, shard)
+    assert f"from step {saved} to 20" in command("main", *flags).stderr
+
+
+def test_each_step_draws_samples_of_its_own():
+    """Their noise is new at each step, and not that of the diffusion."""
+    changes = {"codec.name": "latents", "codec.scale": (1.0,), "data.source": "latents:x", "batch_size": 4}
+    parts = make_parts(tiny_config("dit", changes))
+    moments = np.stack([np.zeros((4, 8, 8, 3)), np.ones((4, 8, 8, 3))], axis=1).astype(np.float16)
+    batch = {"moments": moments, "label": np.zeros(4, np.int32)}
+    x0 = jax.jit(lambda step: clean(parts, batch, step))
+    first, again, second = (np.asarray(x0(step)) for step in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    for step, eps in ((0, first), (1, second)):
+        drawn = draw(step_key(parts, step), parts, eps, batch["label"])
+        for other in (drawn["eps"], second if step == 0 else first, eps[::-1]):
+            assert abs(np.corrcoef(eps.ravel(), np.ravel(other))[0, 1]) < 0.15  # of 768 values: 0.036 expected
+    sharded = jax.device_put(batch, batch_sharding(make_mesh(Parallel(data=4), jax.devices()[:4])))
+    np.testing.assert_array_equal(jax.jit(lambda b: clean(parts, b, 0))(sharded), first)
+
+
+def test_the_imagenet_config_without_data_says_what_it_needs(tmp_path):
+    done = command("main", "--config=configs/imagenet256.py", f"--workdir={tmp_path}/run", code=2)
+    assert "expected latents:DIR" in done.stderr
+    assert "configs/imagenet256.py takes it as data=DIR" in done.stderr
 
 
 def test_the_samples_of_a_gaussian_have_its_mean_and_deviation():

@@ -2,6 +2,7 @@
 
 import functools
 import sys
+import threading
 from collections.abc import Sequence
 
 import grain
@@ -57,10 +58,16 @@ def make_loader(
         )
     size = len(source)
 
-    # Two, because around the end of an epoch threads read in both.
+    # Two, because around the end of an epoch threads read in both; the first of them sorts, and the others wait.
     @functools.lru_cache(maxsize=2)
-    def order(epoch: int) -> np.ndarray:
+    def sorted_order(epoch: int) -> np.ndarray:
         return np.argsort(_words(seed, epoch + 1, 0, size), kind="stable")
+
+    sorting = threading.Lock()
+
+    def order(epoch: int) -> np.ndarray:
+        with sorting:
+            return sorted_order(epoch)
 
     def load(step: int) -> Batch:
         first = step * batch_size

@@ -18,7 +18,7 @@ from sddit_jax import sharding
 from sddit_jax.data import shards
 from sddit_jax.data.images import BadImageError
 from sddit_jax.data.sources import ImageSource
-from sddit_jax.errors import Interrupted
+from sddit_jax.errors import DataError, Interrupted
 from sddit_jax.models.autoencoder import Autoencoder
 from sddit_jax.reporting import Progress
 from sddit_jax.signals import stop_signals
@@ -35,7 +35,7 @@ def make_encode(autoencoder: Autoencoder, params: Any, mesh: jax.sharding.Mesh) 
     The rows are split over the mesh's devices.
     """
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    params = jax.device_put(params, everywhere)
+    params = jax.device_put({"encoder": params["encoder"]}, everywhere)
 
     def encode(params: Any, image_BHWC: jax.Array) -> jax.Array:
         x_BHWC = image_BHWC.astype(jnp.float32) / 127.5 - 1
@@ -57,7 +57,14 @@ def make_plan(
     batch_size: int,
     records_per_shard: int,
 ) -> shards.Plan:
-    """What is to be written. Raises ConfigError for a resolution that the autoencoder does not take."""
+    """What is to be written.
+
+    Raises ConfigError for a resolution that the autoencoder does not take, DataError for class names that TFDS would
+    not give back.
+    """
+    for name in source.class_names:
+        if name != name.strip() or "\n" in name or not name.isprintable():
+            raise DataError(f"{source.name}: class {name!r} cannot be written to a text file and read again; rename it")
     image_BHWC = jax.ShapeDtypeStruct((1, *source.image_shape), jnp.uint8)
     latent = jax.eval_shape(autoencoder.encode, params, image_BHWC)[0]
     config = autoencoder.config

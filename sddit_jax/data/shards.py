@@ -13,15 +13,16 @@ latents and of its mirror image's (latents cannot be mirrored themselves), and t
 """
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import re
 import secrets
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import flax.traverse_util
 import numpy as np
@@ -193,8 +194,11 @@ def write_shard(folder: Path, plan: Plan, shard: int, batches: Iterable[Moments]
     temporary = _temporary(path)
     layout = RecordLayout(plan.latent_shape)
     count, sums = 0, np.zeros((3, plan.latent_shape[-1]))
+    with _explained(path):
+        held = _hold(temporary)
     try:
-        writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
+        with _explained(path):
+            writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
         for moments, label, index in batches:
             if not np.isfinite(moments).all():
                 raise DataError(
@@ -213,6 +217,7 @@ def write_shard(folder: Path, plan: Plan, shard: int, batches: Iterable[Moments]
             record = {"records": count, "bytes": size, "sha256": digest, "bad_files": bad_files, "sums": sums.tolist()}
             _write_json(note, record)
     finally:
+        held.close()
         temporary.unlink(missing_ok=True)
 
 
@@ -268,11 +273,23 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
 
 
+def _hold(path: Path) -> IO[bytes]:
+    """Makes a file and locks it until it is closed or this process ends. Raises BlockingIOError: another holds it."""
+    file = path.open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
 def _remove_leftovers(*paths: Path) -> None:
-    """What killed processes have left of these files."""
+    """What killed processes have left of these files, and not what a living one is writing."""
     for path in paths:
         for left in path.parent.glob(f".{path.name}.*"):
-            left.unlink(missing_ok=True)
+            with suppress(BlockingIOError), _hold(left):
+                left.unlink(missing_ok=True)
 
 
 def _finished(folder: Path, plan: Plan, shard: int) -> dict[str, Any] | None:
@@ -286,8 +303,9 @@ def _finished(folder: Path, plan: Plan, shard: int) -> dict[str, Any] | None:
 
 def _sums(moments: np.ndarray) -> np.ndarray:
     """float64 [3, c]: sums of mean, mean^2 and std^2."""
-    mean, std = moments.astype(np.float64).transpose(2, 0, 1, 3, 4, 5).reshape(2, -1, moments.shape[-1])
-    return np.stack([mean.sum(0), np.square(mean).sum(0), np.square(std).sum(0)])
+    mean, std = moments.astype(np.float32).transpose(2, 0, 1, 3, 4, 5).reshape(2, -1, moments.shape[-1])
+    squares = (np.einsum("nc,nc->c", x, x, dtype=np.float64) for x in (mean, std))
+    return np.stack([mean.sum(0, dtype=np.float64), *squares])
 
 
 def _statistics(sums: np.ndarray, records: int, plan: Plan) -> dict[str, list[float]]:

@@ -88,7 +88,12 @@ def open_source(
     """
     image_shape = (image_size, image_size, channels)
     kind, _, rest = spec.partition(":")
-    if kind == "latents" and rest:
+    if kind == "latents" and (not rest or "://" in rest):
+        raise DataError(
+            f"data source {spec!r}: expected latents:DIR with a local or mounted folder that `python -m "
+            "sddit_jax.prepare` wrote; configs/imagenet256.py takes it as data=DIR"
+        )
+    if kind == "latents":
         return LatentsSource(Path(rest).expanduser(), split, image_shape, in_memory=in_memory, verify=verify)
     if image_size < 1 or channels not in (1, 3):
         raise DataError(f"image_size={image_size}, channels={channels}: expected a positive size and 1 or 3")
@@ -252,7 +257,8 @@ class TfdsSource(ImageSource):
                 raise DataError(f"tfds:{name}, split {split!r}: {error}") from error
             raise DataError(
                 f"tfds:{name} is not prepared in {builder.data_dir}: set TFDS_DATA_DIR to where "
-                "it is, or data.download to True, or prepare it with tensorflow_datasets: "
+                "it is, or let it be downloaded (data.download, or --download of prepare), or prepare it with "
+                "tensorflow_datasets: "
                 f"tfds.builder({name!r}, file_format='array_record').download_and_prepare()"
             ) from error
         super().__init__(f"tfds:{name}[{split}]", tuple(class_names), image_shape)

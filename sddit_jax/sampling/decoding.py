@@ -22,7 +22,7 @@ def make_decode(
     pixels an image takes a gigabyte on its way.
     """
     rows, everywhere = NamedSharding(mesh, P(mesh.axis_names)), NamedSharding(mesh, P())
-    params = jax.device_put(params, everywhere)
+    params = jax.device_put({"decoder": params["decoder"]}, everywhere)
     jitted = jax.jit(lambda params, x_BHWC: to_pixels(decoder(params, x_BHWC)), out_shardings=rows)
     batch_size = rows_per_device * mesh.size
 

@@ -21,8 +21,10 @@ def load_decode(autoencoder: str, codec: Mapping[str, Any], mesh: jax.sharding.M
     codec: the record of the data that the network learnt. Raises WeightsError if the autoencoder cannot be loaded or is
     not the one of the data.
     """
-    if not autoencoder or codec["name"] != "latents":
+    if not autoencoder:
         return lambda images_NHWC: images_NHWC
+    if codec["name"] != "latents":
+        raise WeightsError(f"autoencoder {autoencoder}: the network learnt {codec['name']}, which need none")
     tiny = is_tiny(autoencoder)
     config, params = load_tiny_autoencoder(autoencoder) if tiny else load_autoencoder(autoencoder)
     if codec.get("channels", config.latent_channels) != config.latent_channels:
