@@ -340,6 +340,20 @@ class TestCommand:
             assert process.returncode == 0, stderr
         assert digests(tmp_path) == digests(finished)
 
+    def test_processes_that_do_not_know_each_other_share_the_work(self, start, finished, tmp_path):
+        processes = [start(tmp_path, f"--process_index={i}", "--process_count=3") for i in range(3)]
+        for process in processes:
+            _, stderr = process.communicate(timeout=120)
+            assert process.returncode == 0, stderr
+        assert digests(tmp_path) == digests(finished)
+
+    def test_the_same_work_done_twice_at_a_time_mixes_nothing(self, start, finished, tmp_path):
+        processes = [start(tmp_path) for _ in range(2)]
+        for process in processes:
+            _, stderr = process.communicate(timeout=120)
+            assert process.returncode == 0, stderr
+        assert digests(tmp_path) == digests(finished)
+
     def test_other_arguments_are_refused(self, command, finished, vae, tmp_path):
         before = digests(finished)
         other = tmp_path / "other"

@@ -367,11 +367,11 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes a file whole or not at all."""
     temporary = _temporary(path)
     try:
-        with temporary.open("w") as file:
-            file.write(json.dumps(value, indent=1, allow_nan=False))
+        with _hold(temporary) as file:
+            file.write(json.dumps(value, indent=1, allow_nan=False).encode())
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
