@@ -67,9 +67,10 @@ def export(layout: Layout, workdir: Path, output: Path, weights: str | None, ste
         temporary.replace(output)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         # The two writers have errors of their own for a full disk.
+        raise UserError(f"--output={output} could not be written: {error}") from error
+    finally:
         with suppress(OSError):
             temporary.unlink()
-        raise UserError(f"--output={output} could not be written: {error}") from error
     log.info("%s of step %d in %s: %d tensors each", " and ".join(files), meta["step"], output, len(entries))
 
 
