@@ -464,10 +464,16 @@ class TestTfds:
             open_tfds(copy)[0]
 
 
-@pytest.mark.parametrize("spec", ["", "digit", "digits:8", "folder", "folder:", "tfds:", "latents:", "http://x"])
+@pytest.mark.parametrize("spec", ["", "digit", "digits:8", "folder", "folder:", "tfds:", "http://x"])
 def test_unknown_specs_are_refused(spec):
     with pytest.raises(DataError, match="expected 'digits', 'folder:PATH', 'tfds:NAME' or 'latents:PATH'"):
         open_source(spec, split="train", image_size=8, channels=1)
+
+
+@pytest.mark.parametrize("spec", ["latents:", "latents", "latents:gs://bucket/latents"])
+def test_latents_are_in_a_folder(spec):
+    with pytest.raises(DataError, match="expected latents:DIR with a local or mounted folder"):
+        open_source(spec, split="train", image_size=32, channels=4)
 
 
 @pytest.mark.parametrize(("image_size", "channels"), [(0, 3), (8, 2)])
