@@ -60,7 +60,11 @@ def export(layout: Layout, workdir: Path, output: Path, weights: str | None, ste
         temporary.touch()
         mode = temporary.stat().st_mode
         if layout is OWN:
-            _save_safetensors(temporary, next(iter(files.values())), meta, weights)
+            # The whole configuration, so that pytorch.py needs no defaults of its own.
+            record = {"config": config_lib.to_dict(config), "codec": meta["codec"]}
+            metadata = {"format": "pt", "weights": weights, "step": str(meta["step"])}
+            metadata |= {key: json.dumps(value) for key, value in record.items()}
+            safetensors.numpy.save_file(next(iter(files.values())), temporary, metadata=metadata)
             temporary.chmod(mode)  # safetensors' own files are for their owner alone
         else:
             _save_torch(temporary, files, layout.prefix)
@@ -191,12 +195,6 @@ def _with_null_row(config: Config, trees: dict[str, Any]) -> tuple[Config, dict[
         return {**tree, "encoder": {**tree["encoder"], "label": label}}
 
     return config, {name: with_row(tree) for name, tree in trees.items()}
-
-
-def _save_safetensors(path: Path, arrays: dict[str, np.ndarray], meta: Mapping[str, Any], weights: str) -> None:
-    record = {"config": json.dumps(meta["config"]), "codec": json.dumps(meta["codec"])}
-    metadata = {"format": "pt", "weights": weights, "step": str(meta["step"]), **record}
-    safetensors.numpy.save_file(arrays, path, metadata=metadata)
 
 
 def _save_torch(path: Path, files: Mapping[str, Mapping[str, np.ndarray]], prefix: str) -> None:
