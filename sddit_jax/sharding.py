@@ -4,6 +4,7 @@ The mesh has three axes: `data` and `fsdp` both split the batch, `fsdp` splits p
 and hidden channels. Optimiser state, EMAs and the teacher have their parameters' paths, and so their layout.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ RULES = (
     (r"blocks/modulation/linear/kernel", P(None, "fsdp", None, None)),  # depth, condition, 6, D
     (r"modulation/linear/kernel", P("fsdp", None, None)),  # condition, 2, D
     (r"label/table", P(None, "fsdp")),
-    (r"head/prototypes", P("fsdp", None)),
+    (r"prototypes", P("fsdp", None)),
     (r"kernel", P("fsdp", None)),
     (r"", P()),
 )
@@ -73,18 +74,17 @@ def path_name(path: tuple[Any, ...]) -> str:
 def shardings(mesh: Mesh, tree: Any) -> Any:
     """The layout of each leaf of a tree of arrays or shapes, by `RULES`."""
 
-    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        name = path_name(path)
-        rule = next(spec for pattern, spec in RULES if re.search(pattern, name))
-        if len(rule) > len(leaf.shape):
-            raise ValueError(f"the sharding rule {rule} has more axes than {name} {leaf.shape}")
-        fitting = [
-            axis if axis is None or size % mesh.shape[axis] == 0 else None
-            for axis, size in zip(rule, leaf.shape, strict=False)
-        ]
-        return NamedSharding(mesh, P(*fitting))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, fitting_spec(mesh, path_name(path), leaf.shape)), tree
+    )
 
-    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+def fitting_spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
+    """The axes of an array by its path, those left out that do not divide its dimensions."""
+    rule = next(spec for pattern, spec in RULES if re.search(pattern, name))
+    if len(rule) > len(shape):
+        raise ValueError(f"the sharding rule {rule} has more axes than {name} {shape}")
+    return P(*(a if a is None or size % mesh.shape[a] == 0 else None for a, size in zip(rule, shape, strict=False)))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -97,10 +97,50 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def make_constrain(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
-    """The `constrain(x, kind)` that the network calls at the edges of its blocks."""
-    layouts = {"tokens": NamedSharding(mesh, P(BATCH, None, None))}
-    return lambda x, kind: jax.lax.with_sharding_constraint(x, layouts[kind])
+def make_constrain(mesh: Mesh) -> Callable[[Any, str], Any]:
+    """The `constrain(x, kind)` that the network calls: what lies where while it computes.
+
+    "tokens": [B, N, D], rows over the data and fsdp axes. "block": the parameters of one block, and "weights": a tree
+    of parameters but for what is in blocks: gathered over fsdp where they are used, and their gradients scattered back
+    as they are summed. (Left to itself the partitioner splits products and activations along the fsdp axis instead.)
+    """
+    tokens = NamedSharding(mesh, P(BATCH, None, None))
+
+    def gather(path: tuple[Any, ...], leaf: jax.Array, of_block: bool) -> jax.Array:
+        name = path_name(path)
+        if of_block:
+            spec = P(*fitting_spec(mesh, f"blocks/{name}", (1, *leaf.shape))[1:])
+        elif "blocks/" in name:
+            return leaf
+        else:
+            spec = fitting_spec(mesh, name, leaf.shape)
+        whole = P(*(None if axis == "fsdp" else axis for axis in spec))
+        return leaf if whole == spec else _gathered(leaf, NamedSharding(mesh, whole), NamedSharding(mesh, spec))
+
+    def constrain(x: Any, kind: str) -> Any:
+        if kind == "tokens":
+            return jax.lax.with_sharding_constraint(x, tokens)
+        if mesh.shape["fsdp"] == 1:
+            return x
+        return jax.tree_util.tree_map_with_path(functools.partial(gather, of_block=kind == "block"), x)
+
+    return constrain
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(x: jax.Array, used: NamedSharding, stored: NamedSharding) -> jax.Array:
+    """`x` as it is used; its cotangent as it is stored."""
+    del stored
+    return jax.lax.with_sharding_constraint(x, used)
+
+
+def _scattered(used: NamedSharding, stored: NamedSharding, _: None, cotangent: jax.Array) -> tuple[jax.Array]:
+    # Summed before it is split: the partitioner would otherwise split the product that gives the cotangent, and move
+    # the batch around the devices.
+    return (jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(cotangent, used), stored),)
+
+
+_gathered.defvjp(lambda x, used, stored: (_gathered(x, used, stored), None), _scattered)
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:

@@ -7,15 +7,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
-Constrain = Callable[[jax.Array, str], jax.Array]
+Constrain = Callable[[Any, str], Any]
 XAVIER = nn.initializers.xavier_uniform()
 NORMAL = nn.initializers.normal(0.02)
 ZEROS = nn.initializers.zeros
 FREQUENCIES = 256
+WEIGHTS = "weights"
 
 
-def unconstrained(x: jax.Array, kind: str) -> jax.Array:
+def unconstrained(x: Any, kind: str) -> Any:
     """The default of `constrain`: leaves the layout of `x` to the compiler."""
     del kind
     return x
@@ -83,10 +85,9 @@ class LabelEmbedding(nn.Module):
         """float32 [B, width]."""
         rows = self.num_classes + (self.null == "row")
         table = self.param("table", NORMAL, (rows, self.width))
-        if self.null == "row":
-            return jnp.take(table, label_B, axis=0)
-        embedded_BD = jnp.take(table, jnp.minimum(label_B, self.num_classes - 1), axis=0)
-        return jnp.where((label_B < self.num_classes)[:, None], embedded_BD, 0.0)
+        # As a product: its gradient is one too, without a scatter-add, whose order is not fixed on every device. A label
+        # that is no row is a row of zeros.
+        return jnp.matmul(jax.nn.one_hot(label_B, rows), table, precision=jax.lax.Precision.HIGHEST)
 
 
 class Modulation(nn.Module):
@@ -160,10 +161,17 @@ class Block(nn.Module):
         return x_BND + gate_m[:, None] * hidden
 
 
-def rematerialise(function: Callable, policy: str) -> Callable:
-    """`function` whose backward pass recomputes: 'none', all but matrix products ('dots'), or 'full'."""
-    policies = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
-    return function if policy == "none" else jax.checkpoint(function, policy=policies[policy])
+def rematerialise(function: Callable, policy: str, prevent_cse: bool) -> Callable:
+    """`function` whose backward pass recomputes: 'none', all but matrix products ('dots'), or 'full'.
+
+    Gathered weights are always gathered again rather than kept.
+    """
+    policies = {
+        "none": jax.checkpoint_policies.save_anything_except_these_names(WEIGHTS),
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "full": None,
+    }
+    return jax.checkpoint(function, policy=policies[policy], prevent_cse=prevent_cse)
 
 
 class Stack(nn.Module):
@@ -192,12 +200,15 @@ class Stack(nn.Module):
             return jax.vmap(lambda k: block.init(k, x_BND, condition_BC)["params"])(keys)
 
         def body(x_BND: jax.Array, block_params: Any) -> tuple[jax.Array, jax.Array | None]:
+            # Cast first: half as much is gathered.
+            block_params = jax.tree.map(lambda leaf: leaf.astype(self.dtype), block_params)
+            block_params = checkpoint_name(self.constrain(block_params, "block"), WEIGHTS)
             x_BND = block.apply({"params": block_params}, x_BND, condition_BC)
             x_BND = self.constrain(x_BND, "tokens")
             return x_BND, x_BND if return_hidden else None
 
         params = self.param("blocks", init)
-        body = rematerialise(body, self.remat)
+        body = rematerialise(body, self.remat, prevent_cse=not self.scan)
         if self.scan:
             return jax.lax.scan(body, x_BND, params)
         # lax.split's transpose is one concatenation; that of slicing adds `depth` arrays padded to full size.

@@ -202,6 +202,7 @@ class Network:
 
     def __init__(self, config: schema.Config, constrain: Constrain = unconstrained) -> None:
         self.model = config.model
+        self.constrain = constrain
         self.encoder = Encoder(config.model, constrain)
         self.decoder = Decoder(config.model, config.masking.fill, constrain)
         d = config.objectives.discrimination
@@ -238,16 +239,17 @@ class Network:
     ) -> Encoded:
         """The encoder on the visible tokens (all if `mask` is None); see `Encoder`."""
         visible_BV = None if mask is None else mask.visible_BV
-        variables = {"params": params["encoder"]}
+        variables = {"params": self.constrain(params["encoder"], "weights")}
         return self.encoder.apply(variables, x_BHWC, c_noise_B, label_B, visible_BV, return_hidden)
 
     def decode(self, params: Any, encoded: Encoded, mask: Mask | None = None) -> jax.Array:
         """The decoder: F, [B, H, W, C], or with `learn_sigma` [B, H, W, 2C]."""
-        return self.decoder.apply({"params": params["decoder"]}, encoded, mask)
+        return self.decoder.apply({"params": self.constrain(params["decoder"], "weights")}, encoded, mask)
 
     def project(self, params: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The head: unit vectors [..., E] and prototypes [K, E]."""
-        return self.head.apply({"params": params["head"]}, tokens)
+        vectors, prototypes_KE = self.head.apply({"params": self.constrain(params["head"], "weights")}, tokens)
+        return self.constrain(vectors, "tokens"), prototypes_KE
 
     def __call__(self, params: Any, x_BHWC: jax.Array, c_noise_B: jax.Array, label_B: jax.Array) -> jax.Array:
         """F as inference computes it: encoder and decoder on all tokens; see `decode`."""
