@@ -50,9 +50,10 @@ def collectives(text: str) -> list[Collective]:
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS:
             return
-        channel = re.search(r"channel_id=(\d+)", instruction.attributes)
         op_name = re.search(r'op_name="([^"]*)"', instruction.attributes)
-        found[channel[1] if channel else instruction.name] = Collective(
+        # TPU's compiler writes a collective down in each of the fusions that move a part of it, and calls them a chain.
+        chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
+        found[chain[0] if chain else instruction.name] = Collective(
             kind, _sent_bytes(kind, computation, instruction), times, op_name[1] if op_name else ""
         )
 
@@ -176,7 +177,7 @@ def _group_size(attributes: str) -> int:
         return len(match[1].split(","))
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
         return int(match[2])
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\].*? \{([^}]*)\}", attributes):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
         # An axis may be used in part: 'axis':(offset)size.
         used = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])
@@ -213,9 +214,7 @@ def _dot_flops(computation: _Computation, dot: _Instruction) -> float:
 
 def _convolution_flops(computation: _Computation, convolution: _Instruction) -> float:
     """Only products of two elements that are there: TPU's compiler writes batched products as padded convolutions."""
-    lhs_labels, rhs_labels, out_labels = re.search(
-        r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes
-    ).groups()
+    lhs_labels, rhs_labels, out_labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes).groups()
     lhs, rhs = (_sizes(computation[name].shape) for name in convolution.operands)
     out = _sizes(convolution.shape)
     window = re.search(r"window=\{([^}]*)\}", convolution.attributes)

@@ -85,8 +85,8 @@ class LabelEmbedding(nn.Module):
         """float32 [B, width]."""
         rows = self.num_classes + (self.null == "row")
         table = self.param("table", NORMAL, (rows, self.width))
-        # As a product: its gradient is one too, without a scatter-add, whose order is not fixed on every device. A label
-        # that is no row is a row of zeros.
+        # As a product: its gradient is one too, and no scatter-add, whose order is not fixed on every device. A label
+        # that is no row gives zeros.
         return jnp.matmul(jax.nn.one_hot(label_B, rows), table, precision=jax.lax.Precision.HIGHEST)
 
 

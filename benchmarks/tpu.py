@@ -1,0 +1,109 @@
+"""What training takes on TPUs, by compilation alone: the tables of docs/tpu.md.
+
+    python benchmarks/tpu.py --table=scaling   # SD-DiT-XL/2 with 16 images a chip, on 8 to 256 chips
+    python benchmarks/tpu.py --table=memory    # what fits where
+    python benchmarks/tpu.py --table=methods   # each method, S to XL, on v4, v5e, v5p and v6e
+
+Needs Linux and pip install -e '.[tpu]', no TPU. A row takes one to a few minutes; --jobs of them run at a time.
+"""
+
+import concurrent.futures
+import dataclasses
+import logging
+import multiprocessing
+import sys
+
+import jax
+from absl import flags
+
+from sddit_jax import aot, cli
+from sddit_jax.config import resolve
+from sddit_jax.recipes import imagenet
+
+TABLE = flags.DEFINE_enum("table", "scaling", ["scaling", "memory", "methods"], "Which table.")
+JOBS = flags.DEFINE_integer("jobs", 1, "Rows that are compiled at a time, in a process each.", lower_bound=1)
+
+log = logging.getLogger("sddit_jax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A row."""
+
+    topology: str
+    batch_size: int
+    size: str = "XL/2"
+    method: str = "sd_dit"
+    resolution: int = 256
+    remat: str = "dots"
+
+    def report(self) -> aot.Report:
+        """The train step compiled."""
+        jax.config.update("jax_platforms", "cpu")
+        config = imagenet(self.resolution, f"size={self.size},method={self.method}")
+        with config.unlocked():
+            config.batch_size, config.model.remat = self.batch_size, self.remat
+        return aot.report(resolve(config), self.topology, sampler=False)
+
+
+SCALING = [Case(f"v5e:{shape}", 16 * chips) for shape, chips in (
+    ("2x4", 8), ("4x4", 16), ("4x8", 32), ("8x8", 64), ("8x16", 128), ("16x16", 256))]  # fmt: skip
+MEMORY = [
+    Case("v5e:4x4", 256, remat="none"),
+    Case("v5e:4x4", 256),
+    Case("v5e:4x4", 256, remat="full"),
+    Case("v5e:2x2", 256, remat="full"),
+    Case("v5e:8x8", 256, resolution=512),
+    Case("v5e:8x8", 256, resolution=512, remat="full"),
+    Case("v3:4x4", 256),
+    Case("v4:2x2x4", 256),
+    Case("v5p:2x2x4", 256),
+    Case("v6e:4x4", 256),
+]
+METHODS = [
+    Case(topology, 256, size=f"{size}/2", method=method)
+    for method in ("sd_dit", "maskdit", "dit")
+    for size in ("S", "B", "L", "XL")
+    for topology in ("v4:2x2x4", "v5e:4x4", "v5p:2x2x4", "v6e:4x4")
+]
+
+
+def row(case: Case, report: aot.Report) -> dict[str, str]:
+    """The cells of a row."""
+    paper, compiled = sum(report.flops_per_image.values()), report.compiled_flops_per_image
+    sent = {kind: sum(c["gib_per_step"] for c in report.collectives if c["kind"] == kind) for kind in aot.hlo.KINDS}
+    return {
+        "model": f"{case.method} {case.size}",
+        "pixels": f"{case.resolution}",
+        "topology": case.topology,
+        "batch": f"{case.batch_size}",
+        "remat": case.remat,
+        "state": f"{report.state_gib:.3f}",
+        "peak": f"{report.peak_gib:.2f}" + ("" if report.fits else " (does not fit)"),
+        "TFLOP an image": f"{compiled / 1e12:.3f}",
+        "of paper": f"{compiled / paper:.3f}",
+        "all-gather": f"{sent['all-gather']:.2f}",
+        "reductions": f"{sent['all-reduce'] + sent['reduce-scatter']:.2f}",
+        "others": f"{sent['all-to-all'] + sent['collective-permute']:.2f}",
+        "seconds": f"{report.compile_seconds['train_step']:.0f}",
+    }
+
+
+def main() -> None:
+    """Prints the table in Markdown."""
+    cases = {"scaling": SCALING, "memory": MEMORY, "methods": METHODS}[TABLE.value]
+    rows = []
+    with concurrent.futures.ProcessPoolExecutor(
+        JOBS.value, multiprocessing.get_context("spawn"), max_tasks_per_child=1
+    ) as pool:
+        for case, report in zip(cases, pool.map(Case.report, cases), strict=True):
+            rows.append(row(case, report))
+            log.info("%s", ", ".join(f"{name} {cell}" for name, cell in rows[-1].items()))
+    print(f"| {' | '.join(rows[0])} |", f"|{'---|' * len(rows[0])}", sep="\n")
+    for cells in rows:
+        print(f"| {' | '.join(cells.values())} |")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    cli.run(main)
