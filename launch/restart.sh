@@ -59,7 +59,7 @@ stop() {
   while [[ $child ]] && kill -0 "$child" 2>/dev/null; do
     if catches_sigterm "$child"; then
       kill -TERM "$child" 2>/dev/null || true
-      return
+      break
     fi
     sleep 0.2 9>&-
   done
