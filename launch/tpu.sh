@@ -94,6 +94,11 @@ on_workers() {
 # shellcheck disable=SC2016  # Expanded on the worker.
 say='echo "sddit_jax $(hostname)":'
 not_running='{ [ ! -e sddit_jax_run/lock ] || flock --nonblock sddit_jax_run/lock true; }'
+# A line for each worker: missing (not installed), idle, running, lost (ended without an exit code) or exit CODE.
+# shellcheck disable=SC2016
+report='s=idle; if ! [ -x sddit_jax/launch/restart.sh ]; then s=missing; '"elif ! $not_running; then s=running; "\
+'elif [ -s sddit_jax_run/exit_code ]; then s="exit $(cat sddit_jax_run/exit_code)"; '\
+'elif [ -e sddit_jax_run/lock ]; then s=lost; fi; '"$say "'"$s"'
 
 create() {
   local kind=(--accelerator-type="$type") spot_flag=()
@@ -155,16 +160,11 @@ bash -c $(quote "$setup") && mkdir -p sddit_jax_run && rm -f sddit_jax_run/exit_
 
 stop() {
   # shellcheck disable=SC2016
-  on_workers all "$not_running || { "'kill -TERM "$(cat sddit_jax_run/pid)"; flock sddit_jax_run/lock true; }; '"$say "\
-'"$(cat sddit_jax_run/exit_code)"'
+  on_workers all "$not_running || { "'kill -TERM "$(cat sddit_jax_run/pid)"; flock sddit_jax_run/lock true; }; '"$report"
 }
 
-# For each worker a line: missing (not installed), idle, running, lost (ended without an exit code) or exit CODE.
 workers() {
-  # shellcheck disable=SC2016
-  on_workers all 's=idle; if ! [ -x sddit_jax/launch/restart.sh ]; then s=missing; '"elif ! $not_running; then s=running; "\
-'elif [ -s sddit_jax_run/exit_code ]; then s="exit $(cat sddit_jax_run/exit_code)"; '\
-'elif [ -e sddit_jax_run/lock ]; then s=lost; fi; '"$say "'"$s"'
+  on_workers all "$report"
 }
 
 # The state of the queued resource or of the node.
@@ -190,11 +190,14 @@ tpu_needs() {
       fi
       return
     fi
-    case $state in
-      READY | ACTIVE) ;;
-      PREEMPTED | TERMINATED | SUSPENDED | FAILED) echo recreate && return ;;
-      *) echo wait && return ;;
-    esac
+    # A line of it: gcloud may say more.
+    if grep --quiet --line-regexp --extended-regexp "PREEMPTED|TERMINATED|SUSPENDED|FAILED" <<<"$state"; then
+      echo recreate
+      return
+    elif ! grep --quiet --line-regexp --extended-regexp "READY|ACTIVE" <<<"$state"; then
+      echo wait
+      return
+    fi
   done
   echo use
 }
@@ -214,21 +217,21 @@ create_when_possible() {
 
 # Ends this script when the run has ended for good; starts it on workers where it is not running.
 tend() {
-  local report states
-  if ! report=$(workers); then
-    echo "$report" >&2
+  local answer states
+  if ! answer=$(workers); then
+    echo "$answer" >&2
     return
   fi
-  states=$(sed -n 's/^sddit_jax [^:]*: //p' <<<"$report")
+  states=$(sed -n 's/^sddit_jax [^:]*: //p' <<<"$answer")
   if grep --quiet missing <<<"$states"; then
     attempt install
     attempt start_again
   elif [[ $seen ]] && grep --quiet --extended-regexp '^exit [123]$' <<<"$states"; then
-    echo "$report"
-    on_workers all "$not_running || kill -TERM \$(cat sddit_jax_run/pid)"
+    echo "$answer"
+    on_workers all "$not_running || kill -TERM \$(cat sddit_jax_run/pid)" || true
     exit "$(sed -n 's/^exit \([123]\)$/\1/p' <<<"$states" | sort --reverse | head -n 1)"
   elif [[ $seen ]] && ! grep --quiet --invert-match --line-regexp 'exit 0' <<<"$states"; then
-    echo "$report"
+    echo "$answer"
     echo "done; the TPU is still there: launch/tpu.sh delete $name"
     exit 0
   elif grep --quiet running <<<"$states"; then

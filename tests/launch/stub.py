@@ -68,6 +68,7 @@ def gcloud() -> int:
         if state == "REBOOTED":
             kill_all_processes()
             state = "READY"
+        print("WARNING: gcloud has more to say", file=sys.stderr)
         print(state)
     elif what == "delete":
         kill_all_processes()

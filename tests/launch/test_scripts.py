@@ -319,7 +319,7 @@ DRY_RUNS = [
             vm(
                 "ssh", "--worker=all",
                 f'--command={NOT_RUNNING} || {{ kill -TERM "$(cat sddit_jax_run/pid)"; flock sddit_jax_run/lock true; '
-                f'}}; {SAY} "$(cat sddit_jax_run/exit_code)"',
+                f"}}; {STATES}",
             )
         ],
     ),
@@ -402,7 +402,7 @@ class TestTPU:
         assert "runs already" in world.tpu("start", "a", *arguments, code=2).stdout
         assert "runs already" in world.tpu("install", "a", code=2).stdout
         done = world.tpu("stop", "a")
-        assert [line.split(": ")[1] for line in done.stdout.splitlines()] == ["75", "75"]
+        assert [line.split(": ")[1] for line in done.stdout.splitlines()] == ["exit 75", "exit 75"]
         assert self.states(world) == ["exit 75", "exit 75"]
         assert "stopped with exit code 75" in (world.folder / "worker0" / "sddit_jax_run" / "log").read_text()
         world.tpu("delete", "a")
