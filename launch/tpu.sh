@@ -1,0 +1,302 @@
+#!/usr/bin/env bash
+# Trains on Cloud TPU VMs, one or a pod slice: launch/tpu.sh COMMAND NAME [FLAGS] [-- ARGUMENTS OF sddit_jax.main]
+#
+#   create    requests the TPU                         start    starts the run on all workers, detached
+#   install   copies the code, makes an environment    stop     SIGTERM to all workers: the run saves; waits for it
+#   log       follows the log of a worker              status   state of the TPU and of the run on each worker
+#   delete    deletes the TPU                          watch    all of it until the run is done, after preemptions too
+#
+#   --type=TYPE           accelerator type, such as v5litepod-16 or v6e-8 (create, watch)
+#   --version=VERSION     runtime version; by default the one for the type
+#   --zone=ZONE           zone, --project=PROJECT project; by default those of gcloud's configuration
+#   --spot                spot capacity, which can be preempted
+#   --queued              a queued resource: waits until there is capacity
+#   --create_flag=FLAG    a further flag of gcloud's create, such as --create_flag=--network=NETWORK; repeatable
+#   --ssh_flag=FLAG       a further flag of gcloud's ssh and scp, such as --ssh_flag=--internal-ip; repeatable
+#   --repository=URL      clone this repository instead of copying this folder; --revision=REVISION checks it out
+#   --setup=COMMAND       run on each worker before each start, such as a mount; may find it done already
+#   --env=NAME=VALUE      environment variable of the run; repeatable
+#   --retries=5           give up when more runs in a row fail without a new checkpoint
+#   --worker=0            whose log
+#   --poll=60             seconds between two looks (watch)
+#   --dry_run             print the commands, run none; also by DRY_RUN=1
+#
+# Exit codes: 0, 2 and 3 as of sddit_jax.main; 1 if the run or a command of gcloud failed.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=launch/common.sh
+source "$root/launch/common.sh"
+
+commands="create, install, start, log, status, stop, watch or delete"
+command=${1:-} name=${2:-}
+case $command in
+  create | install | start | log | status | stop | watch | delete) ;;
+  *) fail "unknown command '$command'; it is $commands" ;;
+esac
+[[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || fail "'$name' is no name of a TPU: lower case letters, digits and hyphens"
+shift 2
+
+type="" version="" spot="" queued="" repository="" revision="" setup=":" retries=5 worker=0 poll=60
+place=() create_flags=() ssh_flags=() environment=()
+dry_run=${DRY_RUN:-0}
+while (($#)); do
+  case $1 in
+    --type=?*) type=${1#*=} ;;
+    --version=?*) version=${1#*=} ;;
+    --zone=?* | --project=?*) place+=("$1") ;;
+    --spot) spot=yes ;;
+    --queued) queued=yes ;;
+    --create_flag=--*) create_flags+=("${1#*=}") ;;
+    --ssh_flag=--*) ssh_flags+=("${1#*=}") ;;
+    --repository=?*) repository=${1#*=} ;;
+    --revision=?*) revision=${1#*=} ;;
+    --setup=?*) setup=${1#*=} ;;
+    --env=[A-Za-z_]*=*) environment+=("${1#*=}") ;;
+    --retries=?*) retries=${1#*=} ;;
+    --worker=?*) worker=${1#*=} ;;
+    --poll=?*) poll=${1#*=} ;;
+    --dry_run) dry_run=1 ;;
+    --) shift && break ;;
+    *) fail "unknown argument $1; the head of launch/tpu.sh lists the flags, and -- comes before those of the run" ;;
+  esac
+  shift
+done
+for number in retries worker poll; do
+  [[ ${!number} =~ ^[0-9]+$ ]] || fail "--$number=${!number} is not a number"
+done
+[[ ! $revision || $repository ]] || fail "--revision=$revision needs --repository=URL"
+if [[ $command == create || $command == watch ]]; then
+  [[ $type ]] || fail "$command needs --type=TYPE, such as --type=v5litepod-16"
+  if [[ ! $version ]]; then
+    case $type in
+      v2-* | v3-* | v4-*) version="tpu-ubuntu2204-base" ;;
+      v5litepod-*) version=v2-alpha-tpuv5-lite ;;
+      v5p-*) version=v2-alpha-tpuv5 ;;
+      v6e-*) version=v2-alpha-tpuv6e ;;
+      *) fail "--type=$type: its runtime version is not known here (v2 to v4, v5litepod, v5p, v6e are); give --version" ;;
+    esac
+  fi
+fi
+if [[ $command == start || $command == watch ]]; then
+  workdir_of "$@" >/dev/null
+fi
+
+tpu=(gcloud compute tpus)
+
+# Runs a command line on the workers, in their home folder.
+on_workers() {
+  run "${tpu[@]}" tpu-vm ssh "$name" ${place[@]+"${place[@]}"} --worker="$1" --command="$2" \
+    ${ssh_flags[@]+"${ssh_flags[@]}"}
+}
+
+# On a worker: the code is in ~/sddit_jax, the environment in ~/sddit_jax_venv, the log and the lock of the run, which
+# outlives a connection, in ~/sddit_jax_run.
+# shellcheck disable=SC2016  # Expanded on the worker.
+say='echo "sddit_jax $(hostname)":'
+not_running='{ [ ! -e sddit_jax_run/lock ] || flock --nonblock sddit_jax_run/lock true; }'
+# A line for each worker: missing (not installed), idle, running, lost (ended without an exit code) or exit CODE.
+# shellcheck disable=SC2016
+report='s=idle; if ! [ -x sddit_jax/launch/restart.sh ]; then s=missing; '"elif ! $not_running; then s=running; "\
+'elif [ -s sddit_jax_run/exit_code ]; then s="exit $(cat sddit_jax_run/exit_code)"; '\
+'elif [ -e sddit_jax_run/lock ]; then s=lost; fi; '"$say "'"$s"'
+
+create() {
+  local kind=(--accelerator-type="$type") spot_flag=()
+  if [[ $spot ]]; then
+    spot_flag=(--spot)
+  fi
+  if [[ $queued ]]; then
+    kind=(queued-resources create "$name" --node-id="$name" "${kind[@]}" --runtime-version="$version")
+  else
+    kind=(tpu-vm create "$name" "${kind[@]}" --version="$version")
+  fi
+  run "${tpu[@]}" "${kind[@]}" ${place[@]+"${place[@]}"} ${spot_flag[@]+"${spot_flag[@]}"} \
+    ${create_flags[@]+"${create_flags[@]}"}
+}
+
+delete() {
+  if [[ $queued ]]; then
+    # --force deletes the node too.
+    run "${tpu[@]}" queued-resources delete "$name" ${place[@]+"${place[@]}"} --force --quiet
+  else
+    run "${tpu[@]}" tpu-vm delete "$name" ${place[@]+"${place[@]}"} --quiet
+  fi
+}
+
+install() {
+  local cache=${XDG_CACHE_HOME:-$HOME/.cache}/sddit_jax get python
+  get="$not_running || { $say runs already; exit 2; }; rm -rf sddit_jax && "
+  if [[ $repository ]]; then
+    get+="git clone --quiet -- $(quote "$repository") sddit_jax"
+    if [[ $revision ]]; then
+      get+=" && git -C sddit_jax checkout --quiet $(quote "$revision")"
+    fi
+  else
+    run mkdir -p "$cache" || return
+    run tar -czf "$cache/$name.tar.gz" -C "$root" --exclude=__pycache__ \
+      LICENSE README.md configs launch pyproject.toml sddit_jax setup.cfg || return
+    run "${tpu[@]}" tpu-vm scp "$cache/$name.tar.gz" "$name:sddit_jax.tar.gz" ${place[@]+"${place[@]}"} --worker=all \
+      ${ssh_flags[@]+"${ssh_flags[@]}"} || return
+    get+="mkdir sddit_jax && tar -xzf sddit_jax.tar.gz -C sddit_jax"
+  fi
+  # The images have Python 3.10; uv brings its own. The variable lets pip install for the user where a distribution
+  # manages Python, and older ones ignore it.
+  python="PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user --upgrade uv"
+  python+=" && python3 -m uv venv --quiet --allow-existing --python=3.12 sddit_jax_venv"
+  python+=" && python3 -m uv pip install --quiet --python=sddit_jax_venv/bin/python \"./sddit_jax[tpu]\""
+  on_workers all "$get && $python"
+}
+
+# The argument is the exit code for workers where the run is running already.
+start() {
+  local run_it
+  run_it=$(quote env ${environment[@]+"${environment[@]}"} setsid nohup launch/restart.sh --run=../sddit_jax_run \
+    --retries="$retries" ../sddit_jax_venv/bin/python -m sddit_jax.main --distributed=auto "${arguments[@]}")
+  on_workers all "$not_running || { $say runs already; exit $1; }; \
+[ -x sddit_jax/launch/restart.sh ] || { $say not installed; exit 2; }; \
+bash -c $(quote "$setup") && mkdir -p sddit_jax_run && rm -f sddit_jax_run/exit_code && cd sddit_jax && \
+{ $run_it >>../sddit_jax_run/log 2>&1 </dev/null & }"
+}
+
+stop() {
+  # shellcheck disable=SC2016
+  on_workers all "$not_running || { "'kill -TERM "$(cat sddit_jax_run/pid)"; flock sddit_jax_run/lock true; }; '"$report"
+}
+
+workers() {
+  on_workers all "$report"
+}
+
+# The state of the queued resource or of the node.
+describe() {
+  local kind=(tpu-vm describe "$name") field=state
+  if [[ $1 == queued ]]; then
+    kind=(queued-resources describe "$name") field=state.state
+  fi
+  run "${tpu[@]}" "${kind[@]}" ${place[@]+"${place[@]}"} "--format=value($field)"
+}
+
+# Prints what is to be done about the TPU: create, recreate, use or wait.
+tpu_needs() {
+  local kind state
+  for kind in ${queued:+queued} node; do
+    if ! state=$(describe "$kind" 2>&1); then
+      if [[ $state == *NOT_FOUND* ]]; then
+        # A queued resource that is just becoming active has no node yet.
+        if [[ $kind == node && $queued ]]; then echo wait; else echo create; fi
+      else
+        echo "$state" >&2
+        echo wait
+      fi
+      return
+    fi
+    # A line of it: gcloud may say more.
+    if grep --quiet --line-regexp --extended-regexp "PREEMPTED|TERMINATED|SUSPENDED|FAILED" <<<"$state"; then
+      echo recreate
+      return
+    elif ! grep --quiet --line-regexp --extended-regexp "READY|ACTIVE" <<<"$state"; then
+      echo wait
+      return
+    fi
+  done
+  echo use
+}
+
+# Creates, and again after the pause while there is no capacity; every other failure is final.
+create_when_possible() {
+  local message
+  until message=$(create 2>&1); do
+    echo "$message" >&2
+    if ! grep --quiet --ignore-case --extended-regexp "no more capacity|insufficient capacity|RESOURCE_EXHAUSTED" \
+      <<<"$message"; then
+      exit 1
+    fi
+    sleep "$poll"
+  done
+}
+
+# Ends this script when the run has ended for good; starts it on workers where it is not running.
+tend() {
+  local answer states
+  if ! answer=$(workers); then
+    echo "$answer" >&2
+    return
+  fi
+  states=$(sed -n 's/^sddit_jax [^:]*: //p' <<<"$answer")
+  if grep --quiet missing <<<"$states"; then
+    attempt install
+    attempt start_again
+  elif [[ $seen ]] && grep --quiet --extended-regexp '^exit [123]$' <<<"$states"; then
+    echo "$answer"
+    on_workers all "$not_running || kill -TERM \$(cat sddit_jax_run/pid)" || true
+    exit "$(sed -n 's/^exit \([123]\)$/\1/p' <<<"$states" | sort --reverse | head -n 1)"
+  elif [[ $seen ]] && ! grep --quiet --invert-match --line-regexp 'exit 0' <<<"$states"; then
+    echo "$answer"
+    echo "done; the TPU is still there: launch/tpu.sh delete $name"
+    exit 0
+  elif grep --quiet running <<<"$states"; then
+    seen=yes failed=0
+    if grep --quiet --invert-match --extended-regexp '^(running|exit 0)$' <<<"$states"; then
+      attempt start_again
+    fi
+  else
+    attempt start_again
+  fi
+}
+
+start_again() {
+  start 0 && seen=yes
+}
+
+# A preempted TPU does not come back.
+recreate() {
+  seen=""
+  delete && create_when_possible
+}
+
+# Runs a step towards a running run. A round has at most three, and more than `retries` rounds in vain are the end.
+attempt() {
+  echo "$name: ${1//_/ }" >&2
+  failed=$((failed + 1))
+  if ((failed > 3 * (retries + 1))); then
+    echo "error: $name: $1 is needed again, and the run was not seen running since $((failed - 1)) such steps" >&2
+    exit 1
+  fi
+  "$@" || true
+}
+
+# `seen`: the exit codes on the workers are of the run that this has started or found running, not of an earlier one.
+watch() {
+  local seen="" failed=0
+  if [[ $dry_run == 1 ]]; then
+    describe "${queued:+queued}"
+    create
+    describe node
+    install
+    start 0
+    workers
+    return
+  fi
+  while true; do
+    case $(tpu_needs) in
+      create) create_when_possible ;;
+      recreate) attempt recreate ;;
+      use) tend ;;
+    esac
+    sleep "$poll"
+  done
+}
+
+arguments=("$@")
+case $command in
+  start) start 2 ;;
+  log) on_workers "$worker" "tail -n 100 -F sddit_jax_run/log" ;;
+  status)
+    if [[ $queued ]]; then
+      describe queued
+    fi
+    describe node
+    workers
+    ;;
+  *) "$command" ;;
+esac
