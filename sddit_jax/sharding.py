@@ -33,6 +33,7 @@ RULES = (
     (r"modulation/linear/kernel", P("fsdp", None, None)),  # condition, 2, D
     (r"label/table", P(None, "fsdp")),
     (r"prototypes", P("fsdp", None)),
+    (r"mlp_[0-9]/kernel", P(None, "fsdp")),  # of the head: TPU's compiler pads a scatter of its rows by permutes
     (r"kernel", P("fsdp", None)),
     (r"", P()),
 )
