@@ -37,6 +37,7 @@ class Case:
     method: str = "sd_dit"
     resolution: int = 256
     remat: str = "dots"
+    data: int = 1
 
     def report(self, quick: bool) -> aot.Report:
         """The train step compiled."""
@@ -44,11 +45,18 @@ class Case:
         config = imagenet(self.resolution, f"size={self.size},method={self.method}")
         with config.unlocked():
             config.batch_size, config.model.remat = self.batch_size, self.remat
+            config.parallel.data = self.data
         return aot.report(resolve(config), self.topology, sampler=False, quick=quick)
 
 
-SCALING = [Case(f"v5e:{shape}", 16 * chips) for shape, chips in (
-    ("2x4", 8), ("4x4", 16), ("4x8", 32), ("8x8", 64), ("8x16", 128), ("16x16", 256))]  # fmt: skip
+SCALING = [
+    *(
+        Case(f"v5e:{shape}", 16 * chips)
+        for shape, chips in (("2x4", 8), ("4x4", 16), ("4x8", 32), ("8x8", 64), ("8x16", 128))
+    ),
+    # 256 does not divide the width, 1152.
+    Case("v5e:16x16", 16 * 256, data=2),
+]
 MEMORY = [
     Case("v5e:4x4", 256, remat="none"),
     Case("v5e:4x4", 256),
@@ -73,6 +81,7 @@ def row(case: Case, report: aot.Report) -> dict[str, str]:
         "model": f"{case.method} {case.size}",
         "pixels": f"{case.resolution}",
         "topology": case.topology,
+        "mesh": "x".join(str(size) for size in report.mesh.values()),
         "batch": f"{case.batch_size}",
         "remat": case.remat,
         "state": f"{report.state_gib:.3f}",

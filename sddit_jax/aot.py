@@ -123,6 +123,13 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
     return batch
 
 
+def state_bytes(state: Any) -> int:
+    """Bytes of an abstract state on each of its devices."""
+    return sum(
+        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state)
+    )
+
+
 def lower_train_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     """The train step as `train` runs it."""
     parts = make_parts(config, sharding.make_constrain(mesh))
@@ -154,10 +161,8 @@ def report(config: Config, topology: str, *, sampler: bool = True, quick: bool =
     devices, chip = devices_of(topology)
     mesh = sharding.make_mesh(config.parallel, devices)
     sharding.check_batch(mesh, config.batch_size, config.parallel.microbatches)
+    sharding.check_width(mesh, config.model.width)
     state = abstract_state(make_parts(config), mesh)
-    state_bytes = sum(
-        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state)
-    )
     step, step_peak, step_seconds = _compiled(lower_train_step(config, mesh), quick)
     peaks, seconds = {"train_step": step_peak}, {"train_step": step_seconds}
     if sampler:
@@ -178,7 +183,7 @@ def report(config: Config, topology: str, *, sampler: bool = True, quick: bool =
         microbatches=config.parallel.microbatches,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state["params"])),
         usable_gib=chip.usable_gib,
-        state_gib=state_bytes / GIB,
+        state_gib=state_bytes(state) / GIB,
         peak_gib=step_peak,
         sampler_peak_gib=peaks.get("sampler"),
         fits=max(peaks.values()) <= chip.usable_gib,

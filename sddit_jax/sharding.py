@@ -67,6 +67,17 @@ def check_batch(mesh: Mesh, batch_size: int, microbatches: int) -> None:
         )
 
 
+def check_width(mesh: Mesh, width: int) -> None:
+    """Raises ConfigError if fsdp does not divide the encoder's width: its kernels would be whole on every device."""
+    fsdp = mesh.shape["fsdp"]
+    if width % fsdp:
+        fitting = math.gcd(fsdp, width)
+        raise ConfigError(
+            f"parallel.fsdp {fsdp} does not divide model.width {width}, so most of the state would be whole on every "
+            f"device: set parallel.data={mesh.shape['data'] * fsdp // fitting} and parallel.fsdp={fitting}"
+        )
+
+
 def path_name(path: tuple[Any, ...]) -> str:
     """A pytree path as 'params/encoder/patch/kernel'."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
