@@ -105,8 +105,11 @@ def devices_of(topology: str) -> tuple[list[jax.Device], Chip]:
     }.items():
         os.environ.setdefault(name, value)
     chip = CHIPS[generation]
+    # A host has 2 x 2 chips, or the one of the smallest slice.
+    bounds = [min(int(size), 2) for size in shape.split("x")[:2]] + [1]
+    options = dict(chip.options, chips_per_host_bounds=bounds)
     try:
-        return topologies.get_topology_desc(topology, "tpu", **dict(chip.options)).devices, chip
+        return topologies.get_topology_desc(topology, "tpu", **options).devices, chip
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"topology {topology}: {str(error).splitlines()[0]}") from error
 

@@ -77,7 +77,15 @@ def test_a_topology_that_there_is_not(topology, words):
 
 @pytest.mark.parametrize(
     ("topology", "devices"),
-    [("v3:2x2", 8), ("v4:2x2x4", 16), ("v5e:4x4", 16), ("v5e:16x16", 256), ("v5p:2x2x2", 8), ("v6e:2x4", 8)],
+    [
+        ("v5e:1x1", 1),
+        ("v3:2x2", 8),
+        ("v4:2x2x4", 16),
+        ("v5e:4x4", 16),
+        ("v5e:16x16", 256),
+        ("v5p:2x2x2", 8),
+        ("v6e:2x4", 8),
+    ],
 )
 def test_the_mesh_of_a_topology(topology, devices):
     found, chip = aot.devices_of(topology)
@@ -148,8 +156,7 @@ def test_small_models_compile_for_each_generation(topology, method):
 
 
 @pytest.mark.slow
-def test_preflight_of_a_run_that_does_not_fit_names_what_does(tmp_path):
-    """One chip, and nothing kept for the backward pass would do."""
+def test_preflight_of_a_run_that_does_not_fit_names_what_does():
     arguments = "--config=configs/imagenet256.py:size=S/2,method=dit", "--topology=v5e:1x1", "--quick"
     done = preflight(*arguments, "--batch=512", "--config.model.remat=none")
     assert done.returncode == 2, done.stderr
