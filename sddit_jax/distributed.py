@@ -126,8 +126,8 @@ def stop_requests() -> Iterator[Callable[[int], str]]:
 def leave(exit_code: int) -> None:
     """Ends this process after an error if it is one of several; returns if it is alone.
 
-    JAX's own shutdown, and threads that wait for other processes, could hang, or end in another code. Process 0 takes
-    all others with it. So those that end with the same error wait for each other, for a moment.
+    Usually all end at the same time: for one signal, or with one mistake. Then they part in peace. If the others do not
+    come, this process leaves alone, and they will miss it: JAX's shutdown would wait for them and abort.
     """
     if not jax.distributed.is_initialized():
         return
@@ -135,8 +135,10 @@ def leave(exit_code: int) -> None:
         traceback.print_exception(error)
     with contextlib.suppress(RuntimeError):
         multihost.get_barrier_sync_fn()(key="leaving", timeout_ms=1000 * LEAVING_SECONDS)
+        jax.distributed.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
+    # Threads that wait for other processes would keep this one.
     os._exit(exit_code)
 
 
