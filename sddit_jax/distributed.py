@@ -20,7 +20,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import multihost
 
 from sddit_jax.errors import CommandError, Unreachable, UserError
@@ -95,7 +99,8 @@ def start(
         initialization_timeout=wait_seconds,
         heartbeat_timeout_seconds=heartbeat_seconds,
     )
-    # The processes tell each other their devices here, while all are known to be there.
+    if jax.process_count() > 1:
+        _connect_devices()
     log.info("%d processes with %d devices", place.count, len(jax.devices()))
 
 
@@ -140,6 +145,19 @@ def leave(exit_code: int) -> None:
     sys.stderr.flush()
     # Threads that wait for other processes would keep this one.
     os._exit(exit_code)
+
+
+def _connect_devices() -> None:
+    """A sum over all devices, while all processes are known to be here.
+
+    Devices connect at their first collective, and those of CPUs give up when another process is half a minute late: it
+    may still be compiling.
+    """
+    devices = Mesh(jax.devices(), "all")
+    ones_N = jax.make_array_from_callback(
+        (devices.size,), NamedSharding(devices, P("all")), lambda _: np.ones(1, np.float32)
+    )
+    jax.block_until_ready(jax.jit(jnp.sum, out_shardings=NamedSharding(devices, P()))(ones_N))
 
 
 def _explicit(address: str, index: int | None, count: int | None) -> Place:
