@@ -274,6 +274,9 @@ class Checkpointer:
     def _writing(self) -> Iterator[None]:
         try:
             yield
+        except jax.errors.JaxRuntimeError:
+            # Of another process, not of the disk.
+            raise
         except Exception as error:
             # Full disks come as OSError or as ValueError, from a background thread or from a call.
             raise CheckpointError(f"{self.directory} could not be written: {error}") from error
