@@ -1,4 +1,3 @@
-import jax
 import numpy as np
 import pytest
 import torch
@@ -68,3 +67,33 @@ def test_features_are_those_of_torch_fidelity(params, peer, height, width):
         error = np.linalg.norm(found[name] - value, axis=1) / np.linalg.norm(value, axis=1)
         assert error.max() < 1e-5
         np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-5 * np.abs(value).max())
+
+
+@pytest.mark.parametrize("size", [1, 2, 32, 150, 299, 512])
+def test_resize_reads_pixel_i_at_i_times_the_ratio(size):
+    ramp = np.arange(size, dtype=np.float32)
+    position = np.minimum(np.arange(299) * size / 299, size - 1)
+    images = np.stack([np.tile(ramp[:, None, None], (1, 7, 2)), np.tile(ramp[:, None, None], (1, 7, 2)) ** 2])
+    ramps, squares = np.asarray(resize(images))
+    np.testing.assert_allclose(ramps, np.broadcast_to(position[:, None, None], (299, 299, 2)), atol=1e-4)
+    # Between two pixels there is a line, whatever lies further off.
+    low = np.floor(position)
+    chord = low**2 + (position - low) * (2 * low + 1)
+    np.testing.assert_allclose(squares[:, 5, 0], chord, rtol=1e-5, atol=1e-3)
+    np.testing.assert_allclose(resize(images.swapaxes(1, 2)), np.stack([ramps, squares]).swapaxes(1, 2), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        np.zeros((2, 32, 32, 3), np.float32),
+        np.zeros((2, 32, 32, 3), np.int32),
+        np.zeros((2, 32, 32, 1), np.uint8),
+        np.zeros((2, 3, 32, 32), np.uint8),
+        np.zeros((32, 32, 3), np.uint8),
+        np.zeros((2, 0, 32, 3), np.uint8),
+    ],
+)
+def test_other_images_are_refused(images):
+    with pytest.raises(DataError, match=r"images of .*Inception takes uint8 \[B, H, W, 3\]"):
+        features({}, images)
