@@ -65,10 +65,9 @@ def frechet_distance(
 
 
 def _factor(covariance_DD: np.ndarray) -> np.ndarray:
-    """F [D, rank] with F F' = the covariance, without eigenvalues that rounding may have made: a root enlarges them."""
+    """F [D, D] with F F' = the covariance; what rounding brings below 0 is 0."""
     values, vectors = np.linalg.eigh(covariance_DD)
-    kept = values > len(values) * np.finfo(np.float64).eps * max(values[-1], 0)
-    return vectors[:, kept] * np.sqrt(values[kept])
+    return vectors * np.sqrt(np.maximum(values, 0))
 
 
 def frechet_bias(covariance_DD: np.ndarray, count: int) -> float:

@@ -245,7 +245,7 @@ def test_precision_and_recall_count_the_edge_and_copies(seed):
     for block in (1, 7, 1024):
         assert precision_recall(reference, samples, block=block) == brute_force(reference, samples)
     # Four copies reach one another within no distance at all.
-    copied = np.repeat(make_features(5, 64, seed, 9.0), 4, axis=0)
+    copied = np.repeat(rng.normal(9, 1, (5, 64)), 4, axis=0)
     for block in (1, 7, 1024):
         assert precision_recall(copied, np.concatenate([copied[::4], copied + 1]), block=block) == (0.2, 1)
 
