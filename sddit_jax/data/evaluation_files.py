@@ -92,9 +92,12 @@ def open_evaluation_file(path: str | os.PathLike[str]) -> EvaluationFile:
         raise DataError(f"{path} is not a file")
     with _reading(path), zipfile.ZipFile(path) as archive:
         names = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
-        # A name that is damaged would hide an array; opening compares it with a second copy.
-        for member in archive.namelist():
+        # Damage to the directory could hide an array: by its name, which opening compares with a second copy, or as
+        # the comment of the one before.
+        for member in archive.infolist():
             archive.open(member).close()
+            if member.comment:
+                raise DataError(f"{path} is damaged, or not from NumPy: {member.filename} has a comment")
         if not names & {"arr_0", "mu"}:
             raise DataError(f"{path} has neither arr_0 (images) nor mu and sigma; it has {sorted(names) or 'nothing'}")
         return EvaluationFile(
