@@ -162,9 +162,12 @@ def precision_recall(
     reference_ND, samples_MD = _pair(reference_ND, samples_MD, neighbours + 1)
 
     def squared_radii(x_ND: np.ndarray) -> np.ndarray:
-        # The nearest of all is the vector itself, or a copy.
-        parts = [np.partition(d, neighbours, axis=1)[:, neighbours] for d in _squared_distances(x_ND, x_ND, block)]
-        return np.concatenate(parts)
+        radii = []
+        for squared in _squared_distances(x_ND, x_ND, block):
+            # The nearest of all is the vector itself, or a copy.
+            squared.partition(neighbours, axis=1)
+            radii.append(squared[:, neighbours].copy())
+        return np.concatenate(radii)
 
     reference_radius_N, sample_radius_M = squared_radii(reference_ND), squared_radii(samples_MD)
     precise, recalled_N, start = 0, np.zeros(len(reference_ND), bool), 0

@@ -1,4 +1,5 @@
 import functools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -258,6 +259,17 @@ def test_precision_and_recall_have_their_extremes():
         precision_recall(a, a[:3])
     with pytest.raises(DataError, match="8 features on one side and 7"):
         precision_recall(a, a[:, :7])
+
+
+@pytest.mark.parametrize("metric", [precision_recall, kernel_distance])
+def test_memory_follows_the_block(metric):
+    a, b = make_features(2000, 4, 1), make_features(1500, 4, 2)
+    tracemalloc.start()
+    metric(a, b, block=20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # All distances of the larger set are 32 MB.
+    assert peak < 4e6
 
 
 def test_nearest_distances():
