@@ -26,6 +26,8 @@ def main() -> None:
     file = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
     if not Path(file).is_file():
         raise UserError(f"--config={file}: no such file")
+    if "://" in WORKDIR.value:
+        raise UserError(f"--workdir={WORKDIR.value}: it should be a folder that all processes see; mount the bucket")
     config = resolve(CONFIG.value)
     process_flags.start_processes()
     train(config, Path(WORKDIR.value).expanduser())

@@ -39,6 +39,7 @@ def train(config: Config, workdir: Path) -> None:
     """
     mesh = sharding.make_mesh(config.parallel)
     sharding.check_batch(mesh, config.batch_size, config.parallel.microbatches)
+    sharding.check_width(mesh, config.model.width)
     source = _open_source(config)
     parts = make_parts(config, sharding.make_constrain(mesh))
     codec = (source.codec or {}) | parts.codec.record()
