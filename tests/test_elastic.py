@@ -1,11 +1,6 @@
 """A run's state is made, saved and restored in shards, on any number of devices."""
 
-import json
 import math
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -16,8 +11,8 @@ from tiny import CONDITION, assert_same_bits, tiny_parts
 
 from sddit_jax import schema
 from sddit_jax.checkpoint import Checkpointer
-from sddit_jax.runs import abstract_state, restore_run
-from sddit_jax.sharding import make_mesh, path_name
+from sddit_jax.runs import abstract_state
+from sddit_jax.sharding import make_mesh
 from sddit_jax.state import make_parts
 
 ROOT = Path(__file__).parents[1]
