@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import logging
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -164,8 +165,10 @@ class Checkpointer:
         with self._writing():
             try:
                 self._manager.wait_until_finished()
-                if self._saving is not None and jax.process_index() == 0:
-                    _complete_manifest(self.directory / str(self._saving))
+                if self._saving is not None:
+                    self._threads = set()
+                    if jax.process_index() == 0:
+                        _complete_manifest(self.directory / str(self._saving))
             finally:
                 self._saving = None
 
@@ -175,10 +178,10 @@ class Checkpointer:
             self.wait()
         finally:
             self._manager.close()
-            # Orbax gives up at the first thread that fails, while the others go on writing. Its own `join` would raise
-            # again what they raised.
-            for thread in self._threads:
-                threading.Thread.join(thread, timeout=60)
+            # Orbax gives up at the first of its threads that fails, while the others go on writing.
+            deadline = time.monotonic() + 60
+            while self._threads & set(threading.enumerate()) and time.monotonic() < deadline:
+                time.sleep(0.01)
 
     def restore(self, abstract_state: Mapping[str, Any], step: int | None = None) -> tuple[dict[str, Any], dict] | None:
         """The newest intact checkpoint, or that of `step`, laid out as `abstract_state` says, and its record.
