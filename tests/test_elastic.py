@@ -1,6 +1,10 @@
 """A run's state is made, saved and restored in shards, on any number of devices."""
 
 import math
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -11,8 +15,8 @@ from tiny import CONDITION, assert_same_bits, tiny_parts
 
 from sddit_jax import schema
 from sddit_jax.checkpoint import Checkpointer
-from sddit_jax.runs import abstract_state
-from sddit_jax.sharding import make_mesh
+from sddit_jax.runs import abstract_state, restore_run
+from sddit_jax.sharding import make_mesh, path_name
 from sddit_jax.state import make_parts
 
 ROOT = Path(__file__).parents[1]
@@ -121,3 +125,37 @@ def test_a_fresh_state_is_made_in_its_shards(method):
     assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 0.16 * whole
     text = compiled.as_text()
     assert not [name for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute") if name in text]
+
+
+@pytest.mark.slow
+def test_a_run_on_eight_devices_goes_on_with_two_and_with_one(tmp_path):
+    """As if it had been killed after step 20, and again after step 40: it ends like one that was not, in float32."""
+
+    def go_on(workdir, devices, *arguments):
+        command = [sys.executable, "-m", "sddit_jax.main", f"--config={ROOT}/tests/configs/tiny.py"]
+        changes = ["--config.checkpoint.every=20", "--config.sampling.every=0", "--config.log.diagnose_every=0"]
+        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        done = subprocess.run(
+            [*command, f"--workdir={workdir}", *changes, *arguments],
+            env=os.environ | flags, cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert f"on {devices} cpu device(s)" in done.stderr
+
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    go_on(whole, 8, "--config.parallel.data=1", "--config.parallel.fsdp=8")
+    shutil.copytree(whole, moved)
+    for lost, devices in ((40, 2), (60, 1)):
+        for step in range(lost, 61, 20):
+            shutil.rmtree(moved / "checkpoints" / str(step))
+        go_on(moved, devices)
+    mesh = make_mesh(schema.Parallel())
+    (config, expected, _), (_, state, _) = (jax.device_get(restore_run(run, mesh)) for run in (whole, moved))
+
+    def check(path, a, b):
+        distance = np.max(np.abs(a - b) - 1e-5 * np.abs(b)) / config.optimizer.learning_rate
+        assert distance <= 0.01, f"{path_name(path)}: off by {distance:.3g} lr"
+
+    for key in ("params", "ema", "aux"):
+        jax.tree_util.tree_map_with_path(check, state[key], expected[key])
+    assert int(state["step"]) == int(expected["step"]) == 60

@@ -106,6 +106,18 @@ class Modulation(nn.Module):
         return [out_BKD[:, k] for k in range(self.count)]
 
 
+def promote_without_key_bias(
+    x_BND: jax.Array, kernel_DTHC: jax.Array, bias_THC: jax.Array, dtype: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Flax's promotion to `dtype`, after which k's bias gets no gradient.
+
+    It adds one number to all logits of a query, and the softmax takes no notice: the gradient is 0. What is computed
+    instead are rounding errors, which depend on the layout, and of which Adam would make steps of full length.
+    """
+    x_BND, kernel_DTHC, bias_THC = nn.dtypes.promote_dtype(x_BND, kernel_DTHC, bias_THC, dtype=dtype)
+    return x_BND, kernel_DTHC, bias_THC.at[1].set(jax.lax.stop_gradient(bias_THC[1]))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over [B, N, D] with biases; q, k and v are one kernel (D, 3, heads, D/heads)."""
 
@@ -117,7 +129,11 @@ class Attention(nn.Module):
         """[B, N, D] in the policy's dtype; the softmax is float32."""
         width = x_BND.shape[-1]
         qkv_BNTHC = nn.DenseGeneral(
-            (3, self.heads, width // self.heads), dtype=self.dtype, kernel_init=XAVIER, name="qkv"
+            (3, self.heads, width // self.heads),
+            dtype=self.dtype,
+            kernel_init=XAVIER,
+            promote_dtype=promote_without_key_bias,
+            name="qkv",
         )(x_BND)
         out_BNHC = jax.nn.dot_product_attention(*(qkv_BNTHC[:, :, t] for t in range(3)))
         return nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, kernel_init=XAVIER, name="out")(out_BNHC)

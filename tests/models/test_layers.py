@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from helpers import random_params, tiny_config
 
-from sddit_jax.models.layers import LabelEmbedding, Stack, layer_norm, positions_2d, sinusoid
+from sddit_jax.models.layers import Attention, LabelEmbedding, Stack, layer_norm, positions_2d, sinusoid
 from sddit_jax.models.transformer import Network, patchify, unpatchify
 
 DEPTH = 2
@@ -163,6 +163,19 @@ def scanned(tokens):
 def test_scan_and_remat_change_neither_outputs_nor_gradients(tokens, scanned, way):
     assert all(abs(leaf).max() > 1e-2 for leaf in jax.tree.leaves(scanned))
     assert_close(gradients(way, tokens), scanned, 1e-4)
+
+
+def test_the_bias_of_the_keys_changes_nothing_and_gets_no_gradient(tokens):
+    """Rounding errors in its stead would depend on the layout, and Adam would make whole steps of them."""
+    attention, x_BND = Attention(4, jnp.float32), tokens[0]
+    params = random_params(lambda key: attention.init(key, x_BND)["params"])
+    shifted = jax.tree.map(np.copy, params)
+    shifted["qkv"]["bias"][1] += 1.0
+    outputs = [attention.apply({"params": p}, x_BND) for p in (params, shifted)]
+    assert_close(*outputs)
+    bias = jax.grad(lambda p: jnp.square(attention.apply({"params": p}, x_BND)).sum())(params)["qkv"]["bias"]
+    assert [bool(jnp.all(part != 0)) for part in bias] == [True, False, True]
+    assert not bias[1].any()
 
 
 @pytest.mark.parametrize("scan", [True, False])
