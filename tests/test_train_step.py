@@ -247,11 +247,14 @@ def test_clip_norm_bounds_the_gradient_and_only_if_it_is_longer(clip_norm):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["sd_dit", "maskdit"])
+@pytest.mark.parametrize("method", METHODS)
 def test_microbatches_change_no_step(method):
+    """One update of parameters, EMA, teacher and centers, from the same noise, masks and dropped labels."""
     with float64():
         results = []
-        for count in (1, 2):
+        for count in (1, 2, 4):
             parts = tiny_parts(method, {"parallel.microbatches": count, "optimizer.eps": 1e-3})
             results.append(jit(make_train_step(parts))(noised_state(parts), make_batch(parts)))
-        assert_close(results[1], results[0], 1e-10)
+        for state, metrics in results[1:]:
+            assert int(state["step"]) == 1
+            assert_close((state, metrics), results[0], 1e-10)

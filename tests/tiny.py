@@ -52,8 +52,8 @@ def float64() -> Iterator[None]:
     """All that is float32 in the package becomes float64.
 
     For what is equal only up to rounding. In float32 one ulp in the images moves gradients of the discrimination
-    loss by up to 1e-5 of their norm, and Adam moves an element whose gradient is near 0 (a key's bias) by a whole
-    learning rate in the direction of its rounding error; in float64 what is left is far below any mistake.
+    loss by up to 1e-5 of their norm, and Adam makes more of an element whose gradient is near 0; in float64 what is
+    left is far below any mistake.
     """
 
     def attention(q_BNHC: jax.Array, k_BNHC: jax.Array, v_BNHC: jax.Array) -> jax.Array:
