@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import tiny_config
 from jax.sharding import PartitionSpec as P
-from tiny import CONDITION, float64, jit, make_batch, noise, noised_state, tiny_parts
+from tiny import CONDITION, QUICK, float64, jit, make_batch, noise, noised_state, tiny_parts
 
 from sddit_jax import schema
 from sddit_jax.config import METHODS, resolve
@@ -79,10 +79,15 @@ def mesh_of(parallel):
     return make_mesh(parallel, jax.devices()[: parallel.data * parallel.fsdp * parallel.tensor])
 
 
-def run(parts, mesh, state, batches):
+def run(parts, mesh, state, batches, compiler_options=QUICK):
     """The state after a step for each of the batches, and the metrics of each step."""
     layout = shardings(mesh, state)
-    step = jit(make_train_step(parts), out_shardings=(layout, replicated(mesh)), donate_argnums=0)
+    step = jax.jit(
+        make_train_step(parts),
+        out_shardings=(layout, replicated(mesh)),
+        donate_argnums=0,
+        compiler_options=compiler_options,
+    )
     state, rows = jax.device_put(state, layout), []
     for batch in batches:
         state, metrics = step(state, put_batch(mesh, batch))
@@ -157,7 +162,9 @@ def digits_run(method, layout, changes):
     rows = local_rows(mesh, config.batch_size)
     batches = make_loader(source, rows=rows, **settings, num_threads=1, prefetch=1)
     batches = ({key: batch[key] for key in ("image", "label")} for batch in itertools.islice(batches, STEPS))
-    return *run(parts, mesh, jax.tree.map(np.array, state), batches), config
+    # These compute for longer than toys: a little optimisation pays.
+    options = QUICK | {"xla_backend_optimization_level": 1}
+    return *run(parts, mesh, jax.tree.map(np.array, state), batches, options), config
 
 
 @functools.cache
