@@ -75,7 +75,10 @@ def saved(tmp_path_factory):
     return parts, jax.device_get(state), directory
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+FAST = ("one device", "fsdp=2", "fsdp=4", "fsdp=8")
+
+
+@pytest.mark.parametrize("layout", [x if x in FAST else pytest.param(x, marks=pytest.mark.slow) for x in LAYOUTS])
 def test_saved_on_eight_devices_restored_on_fewer_and_back_it_has_the_same_bits(saved, tmp_path, layout):
     parts, expected, directory = saved
     save(tmp_path, assert_restored(directory, wanted(parts, layout), expected))
