@@ -212,7 +212,7 @@ def _receive(place: Place, wait_seconds: int, deadline: float) -> None:
     answer = {}
     try:
         with server:
-            while len(waiting) < place.count - 1:
+            while len(_still_here(waiting)) < place.count - 1:
                 _admit(server, place, waiting, wait_seconds, deadline)
     except CommandError as error:
         answer = {"error": str(error), "mistake": isinstance(error, UserError)}
@@ -244,12 +244,17 @@ def _admit(
         # Nobody of ours, such as a scan of ports.
         connection.close()
         return
-    waiting[:] = [(i, c) for i, c in waiting if i != index or not _has_gone(c)]
-    waiting.append((index, connection))
+    _still_here(waiting).append((index, connection))
     if count != place.count:
         raise UserError(f"process {index} has --process_count={count}, but process 0 has {place.count}")
     if index == 0 or [i for i, _ in waiting].count(index) > 1:
         raise UserError(f"two processes have --process_index={index}; each of 0 to {count - 1} is needed once")
+
+
+def _still_here(waiting: list[tuple[int, socket.socket]]) -> list[tuple[int, socket.socket]]:
+    """The list itself, without those that have gone: they may come again."""
+    waiting[:] = [(index, connection) for index, connection in waiting if not _has_gone(connection)]
+    return waiting
 
 
 def _has_gone(connection: socket.socket) -> bool:

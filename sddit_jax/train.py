@@ -4,7 +4,7 @@ import errno
 import hashlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,9 +72,7 @@ def train(config: Config, workdir: Path) -> None:
         "id": hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16],
         "resume": "allow",
     }
-    with _full_disk_explained(workdir):
-        if primary:
-            write_config(workdir, config)
+    with _full_disk_explained(workdir), closing(checkpointer):
         metrics_log = MetricsLog(
             workdir,
             restored_step=start,
@@ -82,10 +80,14 @@ def train(config: Config, workdir: Path) -> None:
             tensorboard=config.log.tensorboard,
             wandb=wandb_run if config.log.wandb else None,
         )
-    run = _Run(config, workdir, mesh, parts, source, codec, decode, checkpointer, metrics_log)
-    with _full_disk_explained(workdir), closing(checkpointer), closing(metrics_log):
-        state = run.steps(state, start, layout)
-        run.finish(state)
+        with closing(metrics_log):
+            # From here on a run saves before it stops.
+            with stop_requests() as stopped_by:
+                if primary:
+                    write_config(workdir, config)
+                run = _Run(config, workdir, mesh, parts, source, codec, decode, checkpointer, metrics_log)
+                state = run.steps(state, start, layout, stopped_by)
+            run.finish(state)
 
 
 class _Run:
@@ -114,7 +116,7 @@ class _Run:
             everywhere = sharding.replicated(mesh)
             self.diagnose = jax.jit(lambda s, batch: evaluation.diagnose(parts, s, batch), out_shardings=everywhere)
 
-    def steps(self, state: State, start: int, layout: Any) -> State:
+    def steps(self, state: State, start: int, layout: Any, stopped_by: Callable[[int], str]) -> State:
         """Steps start + 1 to config.steps. The device is never waited for: step k's metrics are read during k + 1."""
         config = self.config
         replicated = sharding.replicated(self.mesh)
@@ -131,7 +133,7 @@ class _Run:
         )
         meter = _Meter(config, start, self.metrics_log)
         pending: tuple[int, dict[str, Any]] | None = None
-        with stop_requests() as stopped_by, closing(batches), closing(meter):
+        with closing(batches), closing(meter):
             for step in range(start + 1, config.steps + 1):
                 began = time.monotonic()
                 try:
