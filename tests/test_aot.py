@@ -143,13 +143,19 @@ def test_wrong_arguments_of_preflight():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["sd_dit", "maskdit", "dit"])
-@pytest.mark.parametrize("topology", ["v4:2x2x2", "v5e:2x4", "v5p:2x2x2", "v6e:2x4"])
+@pytest.mark.parametrize(
+    ("topology", "method"),
+    [
+        *((topology, "sd_dit") for topology in ("v4:2x2x2", "v5e:2x4", "v5p:2x2x2", "v6e:2x4")),
+        ("v5e:2x4", "maskdit"),
+        ("v5e:2x4", "dit"),
+    ],
+)
 def test_small_models_compile_for_each_generation(topology, method):
     """With little recomputed, and nothing sent but weights, gradients and means."""
     report = aot.report(resolve(imagenet(256, f"size=S/2,method={method}")), topology, sampler=False, quick=True)
     assert report.fits
-    assert report.state_gib < report.peak_gib < 5
+    assert report.state_gib < report.peak_gib < 6
     assert 1 <= report.compiled_flops_per_image / sum(report.flops_per_image.values()) <= 1.1
     assert {row["kind"] for row in report.collectives} <= {"all-gather", "all-reduce", "reduce-scatter"}
     assert not [row["purpose"] for row in report.collectives if "unexplained" in row["purpose"]]
