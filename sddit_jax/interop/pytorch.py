@@ -419,9 +419,12 @@ def sample(
 
     def denoise(x_BCHW: Tensor, sigma: float) -> Tensor:
         sigma_B = torch.full((len(x_BCHW),), sigma, device=device, dtype=x_BCHW.dtype)
-        return network.guided(x_BCHW, sigma_B, label_B, guidance, guidance_channels)
+        here = guidance if low < sigma <= (high or math.inf) else 1.0
+        return network.guided(x_BCHW, sigma_B, label_B, here, guidance_channels)
 
+    low, high = settings.guidance_interval
     lowest, highest = sigma_range(c.diffusion)
+    lowest, highest = settings.sigma_min or lowest, settings.sigma_max or highest
     z = heun(denoise, noise_BCHW.to(device), noise_levels(steps, lowest, highest, settings.rho))
     mean, scale = (z.new_tensor(v)[None, :, None, None] for v in (c.codec.mean, c.codec.scale))
     x = z / scale + mean
