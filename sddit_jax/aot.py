@@ -7,7 +7,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -50,6 +50,8 @@ PURPOSES = (
     ("all-gather", r"transpose\(.*stack/", "weights of a block, for the backward pass"),
     ("all-gather", r"stack/", "weights of a block, for the forward passes of student and teacher"),
     ("all-gather", r"params|teacher|sharding_constraint", "weights outside of blocks"),
+    ("reduce-scatter", r"transpose\(.*stack/", "gradients of a block"),
+    ("reduce-scatter", r"transpose\(", "gradients outside of blocks"),
     ("all-reduce", r"transpose\(.*stack/", "gradients of a block"),
     ("all-reduce", r"transpose\(", "gradients outside of blocks"),
     ("all-reduce", r"stack/.*dot_general", "activations of a block, summed over the tensor axis"),
@@ -103,8 +105,11 @@ def devices_of(topology: str) -> tuple[list[jax.Device], Chip]:
     }.items():
         os.environ.setdefault(name, value)
     chip = CHIPS[generation]
+    # A host has 2 x 2 chips, or the one of the smallest slice.
+    bounds = [min(int(size), 2) for size in shape.split("x")[:2]] + [1]
+    options = dict(chip.options, chips_per_host_bounds=bounds)
     try:
-        return topologies.get_topology_desc(topology, "tpu", **dict(chip.options)).devices, chip
+        return topologies.get_topology_desc(topology, "tpu", **options).devices, chip
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"topology {topology}: {str(error).splitlines()[0]}") from error
 
@@ -121,16 +126,23 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
     return batch
 
 
-def compile_train_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
+def state_bytes(state: Any) -> int:
+    """Bytes of an abstract state on each of its devices."""
+    return sum(
+        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state)
+    )
+
+
+def lower_train_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     """The train step as `train` runs it."""
     parts = make_parts(config, sharding.make_constrain(mesh))
     state = abstract_state(parts, mesh)
     layout = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = jax.jit(make_train_step(parts), donate_argnums=0, out_shardings=(layout, sharding.replicated(mesh)))
-    return step.lower(state, abstract_batch(config, mesh)).compile()
+    return step.lower(state, abstract_batch(config, mesh))
 
 
-def compile_sampler(config: Config, mesh: Mesh) -> jax.stages.Compiled:
+def lower_sampler(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     """The sampler of a run's grids."""
     parts = make_parts(config, sharding.make_constrain(mesh))
     rows = NamedSharding(mesh, P(mesh.axis_names))
@@ -139,25 +151,25 @@ def compile_sampler(config: Config, mesh: Mesh) -> jax.stages.Compiled:
     sample = make_sample(parts.network, parts.diffusion, parts.codec, config.sampling)
     params = abstract_state(parts, mesh)["ema"]["default"]
     seed = jax.ShapeDtypeStruct((), jnp.int32)
-    return jax.jit(sample, out_shardings=rows).lower(params, seed, integers, integers).compile()
+    return jax.jit(sample, out_shardings=rows).lower(params, seed, integers, integers)
 
 
-def report(config: Config, topology: str, sampler: bool = True) -> Report:
+def report(config: Config, topology: str, *, sampler: bool = True, quick: bool = False) -> Report:
     """Compiles a run's train step, and its sampler, for a topology.
 
+    `quick` lets the compiler optimise less, for a fifth of its time: other memory by a few percent, and collectives
+    that wait where they would overlap.
     Raises UserError, or ConfigError for a wrong mesh; a program that does not fit is a report that says so.
     """
     devices, chip = devices_of(topology)
     mesh = sharding.make_mesh(config.parallel, devices)
     sharding.check_batch(mesh, config.batch_size, config.parallel.microbatches)
+    sharding.check_width(mesh, config.model.width)
     state = abstract_state(make_parts(config), mesh)
-    state_bytes = sum(
-        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state)
-    )
-    step, step_peak, step_seconds = _compiled(compile_train_step, config, mesh)
+    step, step_peak, step_seconds = _compiled(lower_train_step(config, mesh), quick)
     peaks, seconds = {"train_step": step_peak}, {"train_step": step_seconds}
     if sampler:
-        _, peaks["sampler"], seconds["sampler"] = _compiled(compile_sampler, config, mesh)
+        _, peaks["sampler"], seconds["sampler"] = _compiled(lower_sampler(config, mesh), quick)
     text = step.as_text() if step else ""
     analytic = flops.training(config)
     speeds = {}
@@ -174,7 +186,7 @@ def report(config: Config, topology: str, sampler: bool = True) -> Report:
         microbatches=config.parallel.microbatches,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state["params"])),
         usable_gib=chip.usable_gib,
-        state_gib=state_bytes / GIB,
+        state_gib=state_bytes(state) / GIB,
         peak_gib=step_peak,
         sampler_peak_gib=peaks.get("sampler"),
         fits=max(peaks.values()) <= chip.usable_gib,
@@ -212,13 +224,11 @@ def smaller(config: Config) -> Iterator[tuple[list[str], Config]]:
         microbatches *= 2
 
 
-def _compiled(
-    compile_: Callable[[Config, Mesh], jax.stages.Compiled], config: Config, mesh: Mesh
-) -> tuple[jax.stages.Compiled | None, float, float]:
+def _compiled(lowered: jax.stages.Lowered, quick: bool) -> tuple[jax.stages.Compiled | None, float, float]:
     """The program, or None if it does not fit; its peak memory in GiB; the seconds it took."""
     began = time.monotonic()
     try:
-        program = compile_(config, mesh)
+        program = lowered.compile({"exec_time_optimization_effort": -1.0} if quick else None)
         peak = program.memory_analysis().peak_memory_in_bytes / GIB
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

@@ -13,6 +13,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -118,6 +119,7 @@ class Checkpointer:
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
         )
         self._saving: int | None = None
+        self._threads: set[threading.Thread] = set()
         with self._writing():
             self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -149,9 +151,13 @@ class Checkpointer:
         args = {item: ocp.args.StandardSave(tree) for item, tree in _items(state).items()}
         # Through JSON and back: it is written in the background, and the caller may change `meta`.
         args["meta"] = ocp.args.JsonSave(json.loads(json.dumps(record)))
+        before = set(threading.enumerate())
         with self._writing():
             self._saving = step
-            self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+            try:
+                self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+            finally:
+                self._threads = set(threading.enumerate()) - before
 
     def wait(self) -> None:
         """Waits until the last save is on disk, and raises if it failed."""
@@ -164,11 +170,15 @@ class Checkpointer:
                 self._saving = None
 
     def close(self) -> None:
-        """Waits like `wait`, and ends the threads."""
+        """Waits like `wait`, and ends the threads: nothing is written afterwards, after a failure too."""
         try:
             self.wait()
         finally:
             self._manager.close()
+            # Orbax gives up at the first thread that fails, while the others go on writing. Its own `join` would raise
+            # again what they raised.
+            for thread in self._threads:
+                threading.Thread.join(thread, timeout=60)
 
     def restore(self, abstract_state: Mapping[str, Any], step: int | None = None) -> tuple[dict[str, Any], dict] | None:
         """The newest intact checkpoint, or that of `step`, laid out as `abstract_state` says, and its record.
@@ -274,6 +284,9 @@ class Checkpointer:
     def _writing(self) -> Iterator[None]:
         try:
             yield
+        except jax.errors.JaxRuntimeError:
+            # Of another process, not of the disk.
+            raise
         except Exception as error:
             # Full disks come as OSError or as ValueError, from a background thread or from a call.
             raise CheckpointError(f"{self.directory} could not be written: {error}") from error

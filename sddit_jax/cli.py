@@ -9,6 +9,7 @@ from typing import NoReturn
 import absl.logging
 from absl import flags
 
+from sddit_jax import distributed
 from sddit_jax.errors import CommandError, ConfigError, Interrupted, UserError
 
 
@@ -25,15 +26,20 @@ def run(command: Callable[..., None], words: int = 0) -> NoReturn:
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(handler)
     log.propagate = False
+    exit_code = 1
     try:
         command(*parse(sys.argv, words))
+        exit_code = 0
     except CommandError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        exit_code = error.exit_code
     except KeyboardInterrupt:
         print("error: interrupted; what was saved before is intact", file=sys.stderr)
-        sys.exit(Interrupted.exit_code)
-    sys.exit(0)
+        exit_code = Interrupted.exit_code
+    finally:
+        if exit_code:
+            distributed.leave(exit_code)
+    sys.exit(exit_code)
 
 
 def parse(argv: list[str], words: int = 0) -> list[str]:

@@ -37,3 +37,9 @@ class Interrupted(CommandError):
     """Stopped by a signal after saving; starting again continues the run. Exit code 75 (EX_TEMPFAIL)."""
 
     exit_code = 75
+
+
+class Unreachable(CommandError):
+    """Other processes of the same run did not come in time; they may be on their way. Exit code 75, as Interrupted."""
+
+    exit_code = Interrupted.exit_code

@@ -12,6 +12,7 @@ from sddit_jax.data.sources import ImageSource
 from sddit_jax.metrics import nearest_neighbour_accuracy
 from sddit_jax.objectives.discrimination import Discrimination
 from sddit_jax.sampling.sampler import balanced_labels
+from sddit_jax.sharding import replicated
 from sddit_jax.state import Parts, State
 from sddit_jax.train_step import clean, step_key
 
@@ -50,7 +51,9 @@ def collapse(parts: Parts, metrics: dict[str, float]) -> str:
     return "; ".join(reasons)
 
 
-def evaluate_digits(parts: Parts, state: State, source: ImageSource, generate: Generate) -> dict[str, float]:
+def evaluate_digits(
+    parts: Parts, state: State, source: ImageSource, generate: Generate, mesh: jax.sharding.Mesh
+) -> dict[str, float]:
     """The samples of the EMA weights against the real digits, and what the encoder knows of them.
 
     eval/{class_consistency, frechet_pixels, nearest_real, nearest_real_close}: means over the draws (see `judge`).
@@ -60,7 +63,7 @@ def evaluate_digits(parts: Parts, state: State, source: ImageSource, generate: G
     """
     from sddit_jax.digits import judge  # loads scikit-learn's classifiers: slow, and only needed here
 
-    config = parts.config
+    config, everywhere = parts.config, replicated(mesh)
     label_N = balanced_labels(config.eval.num_samples, source.num_classes)
     real = [source[i] for i in range(len(source))]
     image_BHWC = np.stack([record["image"] for record in real])
@@ -71,7 +74,9 @@ def evaluate_digits(parts: Parts, state: State, source: ImageSource, generate: G
     ]
     results = {key: float(np.mean([draw[key] for draw in draws])) for key in draws[0]}
     if discrimination_of(parts):
-        found = jax.jit(lambda s, b: diagnose(parts, s, b))(state, {"image": image_BHWC, "label": real_label_B})
+        found = jax.jit(lambda s, b: diagnose(parts, s, b), out_shardings=everywhere)(
+            state, {"image": image_BHWC, "label": real_label_B}
+        )
         results |= {key.replace("teacher/", "eval/"): float(value) for key, value in found.items()}
     if config.model.cls_token:
 
@@ -81,9 +86,9 @@ def evaluate_digits(parts: Parts, state: State, source: ImageSource, generate: G
             null_B = jnp.full(len(x0_BHWC), config.model.num_classes, jnp.int32)
             return parts.network.encode(params, *parts.diffusion.network_input(x0_BHWC, sigma_B), null_B).cls_BD
 
-        fresh = jax.jit(parts.network.init)(jax.random.key(config.seed))
+        fresh = jax.jit(parts.network.init, out_shardings=everywhere)(jax.random.key(config.seed))
         for name, params in (("", state["ema"]["default"]), ("_untrained", fresh)):
-            features = np.asarray(jax.jit(cls_features)(params))
+            features = np.asarray(jax.jit(cls_features, out_shardings=everywhere)(params))
             results[f"eval/probe_cls{name}"] = nearest_neighbour_accuracy(features, real_label_B)
     return results
 

@@ -46,15 +46,17 @@ def collectives(text: str) -> list[Collective]:
     """The collectives of a program, each once, however many steps it is split into to overlap with other work."""
     found: dict[str, Collective] = {}
 
-    def visit(computation: _Computation, instruction: _Instruction, times: int) -> None:
+    def visit(computation: _Computation, instruction: _Instruction, times: int, caller: _Instruction | None) -> None:
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS:
             return
-        op_name = re.search(r'op_name="([^"]*)"', instruction.attributes)
+        if caller is not None and "all-reduce-scatter" in caller.attributes:
+            # TPU's reduce-scatter: a fusion of an all-reduce and of the slice that is kept of it.
+            kind = "reduce-scatter"
         # TPU's compiler writes a collective down in each of the fusions that move a part of it, and calls them a chain.
         chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
         found[chain[0] if chain else instruction.name] = Collective(
-            kind, _sent_bytes(kind, computation, instruction), times, op_name[1] if op_name else ""
+            kind, _sent_bytes(kind, computation, instruction), times, _origin(computation, instruction, caller)
         )
 
     _walk(text, visit)
@@ -65,8 +67,9 @@ def matrix_flops(text: str) -> float:
     """Floating-point operations of all matrix products and convolutions of a program, on one device."""
     total = 0.0
 
-    def visit(computation: _Computation, instruction: _Instruction, times: int) -> None:
+    def visit(computation: _Computation, instruction: _Instruction, times: int, caller: _Instruction | None) -> None:
         nonlocal total
+        del caller
         if instruction.opcode == "dot":
             total += times * _dot_flops(computation, instruction)
         elif instruction.opcode == "convolution":
@@ -76,29 +79,29 @@ def matrix_flops(text: str) -> float:
     return total
 
 
-def _walk(text: str, visit: Callable[[_Computation, _Instruction, int], None]) -> None:
-    """Calls visit(computation, instruction, times it runs) for all that runs, from the entry on."""
+def _walk(text: str, visit: Callable[[_Computation, _Instruction, int, _Instruction | None], None]) -> None:
+    """Calls visit(computation, instruction, times it runs, the instruction that calls the computation)."""
     computations, entry = _parse(text)
 
-    def walk(name: str, times: int) -> None:
+    def walk(name: str, times: int, caller: _Instruction | None = None) -> None:
         computation = computations[name]
         for instruction in computation.values():
-            visit(computation, instruction, times)
+            visit(computation, instruction, times, caller)
             if instruction.opcode == "while":
                 body, condition = (
                     re.search(rf"\b{key}=%?([\w.-]+)", instruction.attributes)[1] for key in ("body", "condition")
                 )
-                walk(body, times * _trips(instruction, computation, computations[condition]))
+                walk(body, times * _trips(instruction, computation, computations[condition]), instruction)
             elif instruction.opcode == "conditional":
                 # As if all branches ran: which one does is not known.
                 for branches in re.findall(r"branch_computations=\{([^}]*)\}", instruction.attributes):
                     for branch in _names(branches):
-                        walk(branch, times)
+                        walk(branch, times, instruction)
                 for branch in re.findall(r"(?:true|false)_computation=%?([\w.-]+)", instruction.attributes):
-                    walk(branch, times)
+                    walk(branch, times, instruction)
             elif instruction.opcode in ("fusion", "call", "async-start"):
                 called = re.search(r"\b(?:calls|to_apply)=%?([\w.-]+)", instruction.attributes)
-                walk(called[1], times)
+                walk(called[1], times, instruction)
 
     walk(entry, 1)
 
@@ -158,6 +161,19 @@ def _total_bytes(shape: str) -> float:
         return _BYTES[dtype] if dtype in _BYTES else int(re.search(r"\d+", dtype)[0]) / 8
 
     return sum(width(dtype) * math.prod(sizes) for dtype, sizes in _arrays(shape))
+
+
+def _origin(computation: _Computation, instruction: _Instruction, caller: _Instruction | None) -> str:
+    """Its op_name, that of the nearest instruction that it is computed from, or its caller's; "" if all are lost."""
+    seen, found = set(), [instruction]
+    while found:
+        names = [name for i in found for name in re.findall(r'op_name="([^"]+)"', i.attributes)]
+        if names:
+            return names[0]
+        seen |= {i.name for i in found}
+        found = [computation[name] for i in found for name in i.operands if name in computation and name not in seen]
+    names = re.findall(r'op_name="([^"]+)"', caller.attributes) if caller else []
+    return names[0] if names else ""
 
 
 def _sent_bytes(kind: str, computation: _Computation, instruction: _Instruction) -> float:

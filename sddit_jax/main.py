@@ -5,7 +5,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from sddit_jax import cli
+from sddit_jax import cli, process_flags
 from sddit_jax.config import resolve
 from sddit_jax.errors import UserError
 from sddit_jax.train import train
@@ -16,6 +16,7 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run: checkpoints, metrics, samples. Continued if it has any."
 )
+flags.adopt_module_key_flags(process_flags)
 
 
 def main() -> None:
@@ -25,7 +26,11 @@ def main() -> None:
     file = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
     if not Path(file).is_file():
         raise UserError(f"--config={file}: no such file")
-    train(resolve(CONFIG.value), Path(WORKDIR.value).expanduser())
+    if "://" in WORKDIR.value:
+        raise UserError(f"--workdir={WORKDIR.value}: it should be a folder that all processes see; mount the bucket")
+    config = resolve(CONFIG.value)
+    process_flags.start_processes()
+    train(config, Path(WORKDIR.value).expanduser())
 
 
 if __name__ == "__main__":

@@ -1,12 +1,55 @@
-"""Formulas of evaluation, in float64 on the host."""
+"""Formulas of evaluation, in float64 on the host.
+
+`features` are any vectors that stand for images, such as those of models/inception.py.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
+import scipy.special
+
+from sddit_jax.errors import DataError
+
+
+class RunningMoments(NamedTuple):
+    """What the mean and the covariance of feature vectors follow from, part by part; float64.
+
+    count: how many vectors. mean_D: their mean. scatter_DD: the sum of (x - mean)(x - mean)' over them.
+    """
+
+    count: int
+    mean_D: np.ndarray
+    scatter_DD: np.ndarray
+
+    @classmethod
+    def of(cls, features_ND: np.ndarray) -> "RunningMoments":
+        """Of at least one vector. Raises DataError for other shapes and for values that are not finite."""
+        features_ND = _checked(features_ND, 1)
+        mean_D = features_ND.mean(axis=0)
+        centred_ND = features_ND - mean_D
+        return cls(len(features_ND), mean_D, centred_ND.T @ centred_ND)
+
+    def merge(self, other: "RunningMoments") -> "RunningMoments":
+        """Of the vectors of both (Chan, Golub & LeVeque 1983): no digits are lost where means are large.
+
+        It costs a few passes over D x D numbers, so that parts of a thousand vectors are better than of ten."""
+        count = self.count + other.count
+        shift_D = other.mean_D - self.mean_D
+        between_DD = np.outer(shift_D, shift_D * (self.count * other.count / count))
+        mean_D = self.mean_D + shift_D * (other.count / count)
+        return RunningMoments(count, mean_D, self.scatter_DD + other.scatter_DD + between_DD)
+
+    def finalise(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean [D] and unbiased covariance [D, D]. Raises DataError for a single vector, which has none."""
+        if self.count < 2:
+            raise DataError(f"{self.count} image has no covariance; at least 2 are needed")
+        return self.mean_D, self.scatter_DD / (self.count - 1)
 
 
 def moments(features_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean [D] and unbiased covariance [D, D] of N feature vectors."""
-    features_ND = np.asarray(features_ND, np.float64)
-    return features_ND.mean(axis=0), np.cov(features_ND, rowvar=False)
+    """Mean [D] and unbiased covariance [D, D] of N feature vectors. Raises DataError: see `RunningMoments`."""
+    return RunningMoments.of(features_ND).finalise()
 
 
 def frechet_distance(
@@ -14,13 +57,159 @@ def frechet_distance(
 ) -> float:
     """|m_a - m_b|^2 + tr(A + B - 2 (A B)^(1/2)) (Dowson & Landau 1982), as FID uses it (Heusel et al. 2017).
 
-    tr (A B)^(1/2) is the sum of the roots of the eigenvalues of A^(1/2) B A^(1/2), a symmetric matrix, so that no
-    complex root arises for singular covariances.
+    tr (A B)^(1/2) is the sum of the singular values of F' G for any F F' = A, G G' = B. Unlike a root of the matrix
+    A B, this is real and exact for singular covariances, those of fewer images than features, without an offset.
     """
-    values, vectors = np.linalg.eigh(covariance_a)
-    root_a = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root_a @ covariance_b @ root_a), 0)).sum()
+    cross = np.linalg.svd(_factor(covariance_a).T @ _factor(covariance_b), compute_uv=False).sum()
     return float(np.square(mean_a - mean_b).sum() + np.trace(covariance_a) + np.trace(covariance_b) - 2 * cross)
+
+
+def _factor(covariance_DD: np.ndarray) -> np.ndarray:
+    """F [D, D] with F F' = the covariance; what rounding brings below 0 is 0."""
+    values, vectors = np.linalg.eigh(covariance_DD)
+    return vectors * np.sqrt(np.maximum(values, 0))
+
+
+def frechet_bias(covariance_DD: np.ndarray, count: int) -> float:
+    """About how much too large a Frechet distance is because one side's moments are of `count` images only.
+
+    The expected distance of a Gaussian from the moments of `count` of its samples, to the first order in 1 / count:
+    tr C / n for the mean, and 1/(2(n-1)) (sum_ij l_i l_j / (l_i + l_j) + tr C / 2) for the covariance, whose
+    eigenvalues are l: half the Bures metric of a Wishart matrix's deviation. Not valid where n is far below D.
+    """
+    values = np.maximum(np.linalg.eigvalsh(covariance_DD), 0)
+    values = values[values > 0]
+    pairs = (np.outer(values, values) / np.add.outer(values, values)).sum()
+    return float(values.sum() / count + (pairs + values.sum() / 2) / (2 * (count - 1)))
+
+
+def few_images(covariance_DD: np.ndarray, count: int) -> str:
+    """What to say of a Frechet distance if a side has no more images than features; empty if it has."""
+    dimension = len(covariance_DD)
+    if count > dimension:
+        return ""
+    return (
+        f"{count} images give a singular covariance of {dimension} features; a Frechet distance is too large by about "
+        f"{frechet_bias(covariance_DD, count):.3g}, and only comparable with one of as many images"
+    )
+
+
+def inception_score(logits_NK: np.ndarray, split_size: int = 5000) -> tuple[float, float]:
+    """Mean and standard deviation over splits of exp(mean KL(p(y|x) || p(y))) (Salimans et al. 2016).
+
+    logits_NK: without the bias, as ADM's evaluator has them. Splits are of `split_size` in the order of the images, as
+    there: ten for 50,000. The images should be in random order; sorted by class they give another score.
+    """
+    logits_NK = _checked(logits_NK, 1)
+    scores = []
+    for start in range(0, len(logits_NK), split_size):
+        log_p_NK = scipy.special.log_softmax(logits_NK[start : start + split_size], axis=1)
+        log_mean_K = scipy.special.logsumexp(log_p_NK, axis=0) - np.log(len(log_p_NK))
+        scores.append(np.exp((np.exp(log_p_NK) * (log_p_NK - log_mean_K)).sum(axis=1).mean()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def kernel_distance(features_a_ND: np.ndarray, features_b_MD: np.ndarray, block: int = 1024) -> float:
+    """Squared maximum mean discrepancy of the kernel (x'y / D + 1)^3, unbiased (Binkowski et al. 2018): KID.
+
+    It may be below 0. block: rows of the kernel's matrices in memory at a time.
+    """
+    a_ND, b_MD = _pair(features_a_ND, features_b_MD, 2)
+
+    def total(x_ND: np.ndarray, y_MD: np.ndarray) -> float:
+        rows = range(0, len(x_ND), block)
+        return sum(float(np.sum(_kernel(x_ND[i : i + block] @ y_MD.T, x_ND.shape[1]))) for i in rows)
+
+    def within(x_ND: np.ndarray) -> float:
+        diagonal = np.sum(_kernel(np.square(x_ND).sum(axis=1), x_ND.shape[1]))
+        return float(total(x_ND, x_ND) - diagonal) / (len(x_ND) * (len(x_ND) - 1))
+
+    return within(a_ND) + within(b_MD) - 2 * total(a_ND, b_MD) / (len(a_ND) * len(b_MD))
+
+
+def _kernel(products: np.ndarray, dimension: int) -> np.ndarray:
+    root = products / dimension + 1
+    return root * root * root
+
+
+def kernel_distance_of_subsets(
+    features_a_ND: np.ndarray, features_b_MD: np.ndarray, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Mean and standard deviation of `kernel_distance` over random subsets, as KID is mostly reported.
+
+    A subset has `subset_size` vectors of each side, drawn without replacement. Raises DataError if a side has fewer.
+    """
+    a_ND, b_MD = _pair(features_a_ND, features_b_MD, subset_size)
+    rng = np.random.default_rng(seed)
+    found = [
+        kernel_distance(*(x_ND[rng.choice(len(x_ND), subset_size, replace=False)] for x_ND in (a_ND, b_MD)))
+        for _ in range(subsets)
+    ]
+    return float(np.mean(found)), float(np.std(found))
+
+
+def precision_recall(
+    reference_ND: np.ndarray, samples_MD: np.ndarray, neighbours: int = 3, block: int = 1024
+) -> tuple[float, float]:
+    """Improved precision and recall (Kynkaanniemi et al. 2019).
+
+    Around each vector lies a ball that reaches its k-th nearest other vector of the same set, edge included. Precision
+    is the share of samples inside some ball of the reference, recall the share of the reference inside some ball of
+    the samples. ADM's evaluator computes the same with distances in float16.
+
+    block: rows of the matrices of distances in memory at a time. Raises DataError if a set has no k-th neighbour.
+    """
+    reference_ND, samples_MD = _pair(reference_ND, samples_MD, neighbours + 1)
+
+    def squared_radii(x_ND: np.ndarray) -> np.ndarray:
+        radii = []
+        for squared in _squared_distances(x_ND, x_ND, block):
+            # The nearest of all is the vector itself, or a copy.
+            squared.partition(neighbours, axis=1)
+            radii.append(squared[:, neighbours].copy())
+        return np.concatenate(radii)
+
+    reference_radius_N, sample_radius_M = squared_radii(reference_ND), squared_radii(samples_MD)
+    precise, recalled_N, start = 0, np.zeros(len(reference_ND), bool), 0
+    for squared in _squared_distances(samples_MD, reference_ND, block):
+        precise += np.count_nonzero((squared <= reference_radius_N).any(axis=1))
+        recalled_N |= (squared <= sample_radius_M[start : start + len(squared), None]).any(axis=0)
+        start += len(squared)
+    return float(precise / len(samples_MD)), float(recalled_N.mean())
+
+
+def _squared_distances(queries_ND: np.ndarray, references_MD: np.ndarray, block: int) -> Iterator[np.ndarray]:
+    """Squared Euclidean distances [rows, M], `block` queries at a time; float64."""
+    query_N, reference_M = np.square(queries_ND).sum(axis=1), np.square(references_MD).sum(axis=1)
+    # Copies are at 0, not at the rounding error of the difference below, which depends on the block.
+    rounding = 1e-13 * (query_N.max() + reference_M.max())
+    for start in range(0, len(queries_ND), block):
+        squared = queries_ND[start : start + block] @ references_MD.T
+        squared *= -2
+        squared += query_N[start : start + block, None]
+        squared += reference_M
+        squared[squared < rounding] = 0
+        yield squared
+
+
+def _checked(features_ND: np.ndarray, least: int) -> np.ndarray:
+    """float64 [N, D]. Raises DataError for other shapes, fewer rows, and values that are not finite."""
+    features_ND = np.asarray(features_ND, np.float64)
+    if features_ND.ndim != 2 or len(features_ND) < least or not features_ND.shape[1]:
+        raise DataError(
+            f"features of the shape {list(features_ND.shape)}; at least {least} rows of features are needed"
+        )
+    if bad := int((~np.isfinite(features_ND).all(axis=1)).sum()):
+        raise DataError(f"{bad} of {len(features_ND)} rows of features have values that are not finite")
+    return features_ND
+
+
+def _pair(a_ND: np.ndarray, b_MD: np.ndarray, least: int) -> tuple[np.ndarray, np.ndarray]:
+    """Both sides as `_checked`. Raises DataError if they have different numbers of features."""
+    a_ND, b_MD = _checked(a_ND, least), _checked(b_MD, least)
+    if a_ND.shape[1] != b_MD.shape[1]:
+        raise DataError(f"{a_ND.shape[1]} features on one side and {b_MD.shape[1]} on the other")
+    return a_ND, b_MD
 
 
 def nearest_distances(queries_ND: np.ndarray, references_MD: np.ndarray, *, same_set: bool = False) -> np.ndarray:

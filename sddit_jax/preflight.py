@@ -23,6 +23,7 @@ log = logging.getLogger("sddit_jax")
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config, as for main.", lock_config=True)
 TOPOLOGY = flags.DEFINE_string("topology", None, "GENERATION:SHAPE; v3, v4, v5e, v5p or v6e, as in v5e:4x4, v4:2x2x4.")
 BATCH = flags.DEFINE_integer("batch", None, "Global batch size. Left out: the config's.", lower_bound=1)
+QUICK = flags.DEFINE_bool("quick", False, "Optimise less: a fifth of the time, and memory nearly the same.")
 
 
 def table(report: aot.Report) -> str:
@@ -57,7 +58,7 @@ def table(report: aot.Report) -> str:
             for c in report.collectives
         ),
     ]
-    return "\n".join(f"{name:16}{words}" for name, words in lines)
+    return "\n".join(f"{name:22}{words}" for name, words in lines)
 
 
 def main() -> None:
@@ -69,15 +70,12 @@ def main() -> None:
     config = resolve(CONFIG.value)
     if BATCH.value is not None:
         config = dataclasses.replace(config, batch_size=BATCH.value)
-    report = aot.report(config, TOPOLOGY.value)
+    report = aot.report(config, TOPOLOGY.value, quick=QUICK.value)
     log.info("%s", table(report))
-    print(json.dumps({"config": flags.FLAGS["config"].value and _name(), **dataclasses.asdict(report)}))
+    name = config_flags.get_config_filename(flags.FLAGS["config"])
+    print(json.dumps({"config": name, **dataclasses.asdict(report)}))
     if not report.fits:
         raise UserError(f"the run does not fit {TOPOLOGY.value}; {_what_fits(config)}")
-
-
-def _name() -> str:
-    return config_flags.get_config_filename(flags.FLAGS["config"])
 
 
 def _what_fits(config: Config) -> str:
@@ -89,7 +87,7 @@ def _what_fits(config: Config) -> str:
             continue
         tried.append(" ".join(changes))
         log.info("trying %s", tried[-1])
-        report = aot.report(smaller, TOPOLOGY.value)
+        report = aot.report(smaller, TOPOLOGY.value, quick=QUICK.value)
         if report.fits:
             return f"with {tried[-1]} it takes {max(report.peak_gib, report.sampler_peak_gib):.2f} GiB and does"
     return f"nor does it with {tried[-1] if tried else 'anything else'}: use more chips or a smaller batch"

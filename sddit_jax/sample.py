@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from sddit_jax import cli, sharding
+from sddit_jax import cli, process_flags, sharding
 from sddit_jax.config import resolve
 from sddit_jax.errors import UserError
 from sddit_jax.reporting import save_grid
@@ -49,6 +49,7 @@ VAE = flags.DEFINE_string(
 SEED = flags.DEFINE_integer("seed", 0, "Image i is a function of seed, i and its label.", 0, 2**31 - 1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images computed at a time.", lower_bound=1)
 STEP = flags.DEFINE_integer("checkpoint_step", None, "Step of the checkpoint. Left out: the newest that is intact.")
+flags.adopt_module_key_flags(process_flags)
 
 
 def parse_labels(spec: str, count: int, num_classes: int, seed: int) -> np.ndarray:
@@ -84,6 +85,7 @@ def main() -> None:
     """Draws what the flags say."""
     if not WORKDIR.value or not OUTPUT.value:
         raise UserError("--workdir=RUN and --output=DIR are needed")
+    process_flags.start_processes()
     ema, meta = open_checkpoints(Path(WORKDIR.value).expanduser()).restore_ema(step=STEP.value)
     config = resolve({**meta["config"], "sampling": {**meta["config"]["sampling"], **settings()}}, bool(GUIDE.value))
     label_N = parse_labels(LABELS.value, NUM_SAMPLES.value, config.model.num_classes, SEED.value)
@@ -102,8 +104,11 @@ def main() -> None:
     autoencoder = config.codec.autoencoder if VAE.value is None else VAE.value
     decode = load_decode(autoencoder, meta["codec"], mesh)
     images_NHWC = decode(generate(jax.device_put(params, sharding.replicated(mesh)), SEED.value, label_N))
+    if jax.process_index() != 0:
+        return
 
     output = Path(OUTPUT.value).expanduser()
+    churn = {key: getattr(config.sampling, key) for key in ("s_churn", "s_min", "s_max", "s_noise")}
     record = {
         **_origin(WORKDIR.value, meta),
         "seed": SEED.value,
@@ -117,7 +122,7 @@ def main() -> None:
             "guidance_channels": config.sampling.guidance_channels,
         },
         "noise_levels": schedule(parts.diffusion, config.sampling).tolist(),
-        "churn": {key: getattr(config.sampling, key) for key in ("s_churn", "s_min", "s_max", "s_noise")},
+        "churn": churn if config.sampling.solver == "stochastic" else None,
         "guidance": config.sampling.guidance,
         "guidance_interval": config.sampling.guidance_interval,
         "guide": guide_record,

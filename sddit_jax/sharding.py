@@ -33,6 +33,7 @@ RULES = (
     (r"modulation/linear/kernel", P("fsdp", None, None)),  # condition, 2, D
     (r"label/table", P(None, "fsdp")),
     (r"prototypes", P("fsdp", None)),
+    (r"mlp_[0-9]/kernel", P(None, "fsdp")),  # of the head: TPU's compiler pads a scatter of its rows by permutes
     (r"kernel", P("fsdp", None)),
     (r"", P()),
 )
@@ -63,6 +64,17 @@ def check_batch(mesh: Mesh, batch_size: int, microbatches: int) -> None:
         raise ConfigError(
             f"batch_size {batch_size} is not divisible by {parts} (data {mesh.shape['data']} x fsdp "
             f"{mesh.shape['fsdp']} x microbatches {microbatches})"
+        )
+
+
+def check_width(mesh: Mesh, width: int) -> None:
+    """Raises ConfigError if fsdp does not divide the encoder's width: its kernels would be whole on every device."""
+    fsdp = mesh.shape["fsdp"]
+    if width % fsdp:
+        fitting = math.gcd(fsdp, width)
+        raise ConfigError(
+            f"parallel.fsdp {fsdp} does not divide model.width {width}, so most of the state would be whole on every "
+            f"device: set parallel.data={mesh.shape['data'] * fsdp // fitting} and parallel.fsdp={fitting}"
         )
 
 

@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from sddit_jax import config as config_lib
 from sddit_jax import evaluation, sharding
 from sddit_jax.checkpoint import Checkpointer
 from sddit_jax.data.loader import make_loader
 from sddit_jax.data.sources import Source, open_source
+from sddit_jax.distributed import stop_requests
 from sddit_jax.errors import CheckpointError, ConfigError, DataError, Diverged, Interrupted
 from sddit_jax.reporting import MetricsLog, Progress, save_grid
 from sddit_jax.runs import CHECKPOINTS, CONFIG, abstract_state, read_config, restore_run, write_config
 from sddit_jax.sampling.decoding import Decode
 from sddit_jax.sampling.sampler import balanced_labels, make_generate, make_sample
 from sddit_jax.schema import Config
-from sddit_jax.signals import stop_signals
 from sddit_jax.state import Parts, State, make_parts
 from sddit_jax.train_step import make_train_step
 from sddit_jax.weights.decoding import load_decode
@@ -37,6 +39,7 @@ def train(config: Config, workdir: Path) -> None:
     """
     mesh = sharding.make_mesh(config.parallel)
     sharding.check_batch(mesh, config.batch_size, config.parallel.microbatches)
+    sharding.check_width(mesh, config.model.width)
     source = _open_source(config)
     parts = make_parts(config, sharding.make_constrain(mesh))
     codec = (source.codec or {}) | parts.codec.record()
@@ -108,7 +111,8 @@ class _Run:
         self.decode = decode
         self.diagnose = None
         if config.log.diagnose_every and evaluation.discrimination_of(parts):
-            self.diagnose = jax.jit(lambda state, batch: evaluation.diagnose(parts, state, batch))
+            everywhere = sharding.replicated(mesh)
+            self.diagnose = jax.jit(lambda s, batch: evaluation.diagnose(parts, s, batch), out_shardings=everywhere)
 
     def steps(self, state: State, start: int, layout: Any) -> State:
         """Steps start + 1 to config.steps. The device is never waited for: step k's metrics are read during k + 1."""
@@ -127,7 +131,7 @@ class _Run:
         )
         meter = _Meter(config, start, self.metrics_log)
         pending: tuple[int, dict[str, Any]] | None = None
-        with stop_signals() as signals, closing(batches), closing(meter):
+        with stop_requests() as stopped_by, closing(batches), closing(meter):
             for step in range(start + 1, config.steps + 1):
                 began = time.monotonic()
                 try:
@@ -144,7 +148,7 @@ class _Run:
                     self._report(meter, *pending)
                 pending = step, metrics
                 diverged = meter.skipped >= config.optimizer.max_skipped
-                stopped = signals[0] if signals else ""
+                stopped = stopped_by(step)
                 if step % config.checkpoint.every == 0 or step == config.steps or stopped or diverged:
                     # Rows first: a run killed in between would continue after the checkpoint and lack them.
                     self._report(meter, *pending)
@@ -161,7 +165,7 @@ class _Run:
             self.checkpointer.wait()
         if skipped := int(state["skipped"]):
             raise self._diverged(config.steps, skipped)
-        if bad := len(self.source.bad_files):
+        if bad := int(multihost_utils.process_allgather(np.array([len(self.source.bad_files)])).sum()):
             log.warning("%d images could not be read; others were used in their place", bad)
         return state
 
@@ -180,7 +184,7 @@ class _Run:
     def finish(self, state: State) -> None:
         """The evaluation that the config asks for, and the last pictures."""
         if self.config.eval.name == "digits":
-            results = evaluation.evaluate_digits(self.parts, state, self.source, self.generate)
+            results = evaluation.evaluate_digits(self.parts, state, self.source, self.generate, self.mesh)
             self.metrics_log.write(self.config.steps, results)
             for line in evaluation.digits_lines(results):
                 log.info("%s", line)

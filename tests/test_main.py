@@ -233,6 +233,7 @@ def test_wrong_arguments_are_explained(command, finished, tmp_path):
     workdir = f"--workdir={tmp_path}/new"
     (tmp_path / "empty").mkdir()
     assert_user_error(command("main"), "--config", "--workdir")
+    assert_user_error(command("main", TINY, "--workdir=gs://bucket/run"), "gs://bucket/run", "mount")
     assert_user_error(command("main", TINY, workdir, "--config.model.dept=3"), "dept")
     assert_user_error(command("main", TINY, workdir, "--config.model.depth=three"), "depth", "three")
     assert_user_error(command("main", f"{TINY}:sddit", workdir), "sddit", "sd_dit")

@@ -17,6 +17,7 @@ from sddit_jax.config import METHODS, resolve
 from sddit_jax.data.loader import make_loader
 from sddit_jax.data.sources import open_source
 from sddit_jax.errors import ConfigError
+from sddit_jax.models.layers import unconstrained
 from sddit_jax.sharding import (
     batch_sharding,
     check_batch,
@@ -33,10 +34,12 @@ from sddit_jax.train_step import make_train_step
 
 STEPS = 20
 DIGITS = Path(__file__).parents[1] / "configs" / "digits.py"
-MESHES = {
-    "data=8": {"parallel.data": 8},
-    "fsdp=8": {"parallel.fsdp": 8},
-    "data=2,fsdp=2,tensor=2": {"parallel.data": 2, "parallel.fsdp": 2, "parallel.tensor": 2},
+MESHES = {  # data x fsdp x tensor
+    "1x1x1": {"parallel.data": 1},
+    "8x1x1": {"parallel.data": 8},
+    "1x8x1": {"parallel.data": 1, "parallel.fsdp": 8},
+    "2x2x2": {"parallel.data": 2, "parallel.fsdp": 2, "parallel.tensor": 2},
+    "4x1x2": {"parallel.data": 4, "parallel.tensor": 2},
 }
 VARIANTS = {
     "sd_dit": ("sd_dit", {}),
@@ -45,108 +48,150 @@ VARIANTS = {
     "dit_decoder": ("dit_decoder", {}),
     "dit": ("dit", {}),
 }
-
-
-def run(parts, mesh):
-    """STEPS steps on a mesh, or without one: the last state and the metrics of each step."""
-    state, step = noised_state(parts), make_train_step(parts)
-    if mesh is None:
-        step, put = jit(step), lambda batch: batch
-    else:
-        layout = shardings(mesh, state)
-        state = jax.device_put(state, layout)
-        step = jit(step, out_shardings=(layout, replicated(mesh)), donate_argnums=0)
-        put = lambda batch: put_batch(mesh, batch)  # noqa: E731
-    rows = []
-    for seed in range(STEPS):
-        state, metrics = step(state, put(make_batch(parts, seed)))
-        rows.append(jax.device_get(metrics))
-    return state, rows
-
-
-@functools.cache
-def run_alone(variant):
-    """The run on one device, in float64."""
-    method, changes = VARIANTS[variant]
-    return jax.device_get(run(tiny_parts(method, changes), None))
-
-
-def assert_same_runs(variant, layout, microbatches):
-    """|difference| <= 1e-6 lr for parameters, EMA and aux, in float64; close metrics at each step."""
-    method, changes = VARIANTS[variant]
-    changes = changes | MESHES[layout] | {"parallel.microbatches": microbatches}
-    mesh = make_mesh(tiny_parts(method, changes).config.parallel)
-    parts = tiny_parts(method, changes, make_constrain(mesh))
-    state, rows = run(parts, mesh)
-    expected_state, expected_rows = run_alone(variant)
-    learning_rate = parts.config.optimizer.learning_rate
-
-    def check(path, a, b):
-        assert a.dtype == b.dtype == np.float64
-        distance = np.abs(a - b).max() / learning_rate
-        assert distance <= 1e-6, f"{path_name(path)}: off by {distance:.3g} lr"
-
-    for name in ("params", "ema", "aux"):
-        jax.tree_util.tree_map_with_path(check, jax.device_get(state[name]), expected_state[name])
-    assert int(state["step"]) == STEPS
-    for row, expected in zip(rows, expected_rows, strict=True):
-        assert row.keys() == expected.keys()
-        for key in row:
-            np.testing.assert_allclose(row[key], expected[key], rtol=1e-8, atol=1e-9, err_msg=key)
-    for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings(mesh, state)), strict=True):
-        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+# How a step is computed; none of it may change what it computes.
+PLAIN = {"parallel.microbatches": 1, "model.remat": "none", "model.scan": True}
 
 
 def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-FAST = [*((variant, "data=8", 1) for variant in VARIANTS), ("dit", "data=2,fsdp=2,tensor=2", 2)]
-ALL = itertools.product(VARIANTS, MESHES, (1, 2))
+def cases(variants):
+    """(variant, mesh, options): each variant on each mesh, and any two values of variant, mesh and options together."""
+    for (v, variant), (m, layout) in itertools.product(enumerate(variants), enumerate(MESHES)):
+        options = {
+            "parallel.microbatches": 1 + (v + m) % 2,
+            "model.remat": ("none", "dots", "full")[(v + m) % 3],
+            "model.scan": (v + m) // 2 % 2 == 0,
+        }
+        yield variant, layout, options
 
 
-@pytest.mark.parametrize(
-    ("variant", "layout", "microbatches"), [*FAST, *(slow(*case) for case in ALL if case not in FAST)]
-)
-def test_a_mesh_and_microbatches_change_no_result(variant, layout, microbatches):
+def name(value):
+    """The part of a test's name that stands for a value."""
+    return value if isinstance(value, str) else ",".join(f"{k.split('.')[1]}={v}" for k, v in value.items())
+
+
+def mesh_of(parallel):
+    """The mesh over as many of the devices as it needs."""
+    return make_mesh(parallel, jax.devices()[: parallel.data * parallel.fsdp * parallel.tensor])
+
+
+def run(parts, mesh, state, batches):
+    """The state after a step for each of the batches, and the metrics of each step."""
+    layout = shardings(mesh, state)
+    step = jit(make_train_step(parts), out_shardings=(layout, replicated(mesh)), donate_argnums=0)
+    state, rows = jax.device_put(state, layout), []
+    for batch in batches:
+        state, metrics = step(state, put_batch(mesh, batch))
+        rows.append(jax.device_get(metrics))
+    for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(layout), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    return jax.device_get(state), rows
+
+
+def assert_same_state(state, expected, learning_rate, relative, absolute):
+    """|difference| <= relative |x| + absolute lr for parameters, EMA, teacher and centers."""
+
+    def check(path, a, b):
+        assert a.dtype == b.dtype
+        distance = np.max(np.abs(a - b) - relative * np.abs(b)) / learning_rate
+        assert distance <= absolute, f"{path_name(path)}: off by {distance:.3g} lr"
+
+    for name in ("params", "ema", "aux"):
+        jax.tree_util.tree_map_with_path(check, state[name], expected[name])
+    assert int(state["step"]) == STEPS
+
+
+def toy_run(variant, layout, changes, constrained=True):
+    method, own = VARIANTS[variant]
+    changes = own | MESHES[layout] | changes
+    mesh = mesh_of(tiny_parts(method, changes).config.parallel)
+    parts = tiny_parts(method, changes, make_constrain(mesh) if constrained else unconstrained)
+    return *run(parts, mesh, noised_state(parts), [make_batch(parts, seed) for seed in range(STEPS)]), parts.config
+
+
+@functools.cache
+def toy_run_alone(variant):
+    return toy_run(variant, "1x1x1", PLAIN, constrained=False)
+
+
+# One mesh of each variant is fast. 8 does not divide the 2 heads: what tensor splits then is the MLPs alone.
+TOYS = [
+    (slow(*case) if i % len(MESHES) != (i // len(MESHES) + 2) % len(MESHES) else case)
+    for i, case in enumerate(cases(VARIANTS))
+]
+TOYS += [slow("sd_dit", "1x1x1", PLAIN | {"parallel.tensor": 8})]
+
+
+@pytest.mark.parametrize(("variant", "layout", "options"), TOYS, ids=name)
+def test_no_layout_and_no_option_changes_a_result(variant, layout, options):
+    """In float64, so that nothing but rounding may differ: see `float64`."""
     with float64():
-        assert_same_runs(variant, layout, microbatches)
+        state, rows, config = toy_run(variant, layout, options)
+        expected_state, expected_rows, _ = toy_run_alone(variant)
+        assert all(leaf.dtype == np.float64 for leaf in jax.tree.leaves(state["params"]))
+        assert_same_state(state, expected_state, config.optimizer.learning_rate, 0, 1e-6)
+    for row, expected in zip(rows, expected_rows, strict=True):
+        assert row.keys() == expected.keys()
+        for key in row:
+            np.testing.assert_allclose(row[key], expected[key], rtol=1e-8, atol=1e-9, err_msg=key)
 
 
-def digits_run(method, devices):
+def digits_run(method, layout, changes):
     """Twenty steps of configs/digits.py on real digits, in float32, from noised fresh parameters."""
-    config = resolve(runpy.run_path(str(DIGITS))["get_config"](method))
-    mesh = make_mesh(config.parallel, jax.devices()[:devices])
+    config = runpy.run_path(str(DIGITS))["get_config"](method)
+    config.update_from_flattened_dict(MESHES[layout] | changes)
+    config = resolve(config)
+    mesh = mesh_of(config.parallel)
     parts = make_parts(config, make_constrain(mesh))
     state = jax.device_get(jit(parts.init_state)(jax.random.key(0)))
     params = jax.device_get(noise(state["params"], 1))
     state |= {"params": params, "ema": {"default": params}}
     if "discrimination" in state["aux"]:
         state["aux"]["discrimination"]["teacher"] = {name: params[name] for name in ("encoder", "head")}
-    layout = shardings(mesh, state)
-    state = jax.device_put(jax.tree.map(np.array, state), layout)
-    step = jit(make_train_step(parts), out_shardings=(layout, replicated(mesh)))
     source = open_source("digits", split="train", image_size=8, channels=1)
     settings = {"batch_size": config.batch_size, "seed": 0, "start_step": 0, "flip": False}
     rows = local_rows(mesh, config.batch_size)
     batches = make_loader(source, rows=rows, **settings, num_threads=1, prefetch=1)
-    for _, batch in zip(range(STEPS), batches, strict=False):
-        state, _ = step(state, put_batch(mesh, {key: batch[key] for key in ("image", "label")}))
-    return jax.device_get(state), config.optimizer.learning_rate
+    batches = ({key: batch[key] for key in ("image", "label")} for batch in itertools.islice(batches, STEPS))
+    return *run(parts, mesh, jax.tree.map(np.array, state), batches), config
+
+
+@functools.cache
+def digits_run_alone(method):
+    return digits_run(method, "1x1x1", PLAIN)
+
+
+def losses(rows):
+    """name -> the values of all steps."""
+    others = ("train/update_norm", "train/learning_rate", "train/skipped")
+    names = [name for name in rows[0] if name.startswith("train/") and name not in others]
+    return {name: np.array([row[name] for row in rows]) for name in names}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "layout", "options"), list(cases(METHODS)), ids=name)
+def test_no_layout_and_no_option_changes_a_result_in_float32(method, layout, options):
+    """At the size, learning rate and Adam's eps of a real run."""
+    state, rows, config = digits_run(method, layout, options)
+    expected_state, expected_rows, _ = digits_run_alone(method)
+    assert_same_state(state, expected_state, config.optimizer.learning_rate, 1e-5, 0.01)
+    expected = losses(expected_rows)
+    for name, values in losses(rows).items():
+        np.testing.assert_allclose(values, expected[name], rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_eight_devices_compute_what_one_does_in_float32(method):
-    """|difference| <= 1e-5 |x| + 0.01 lr, at the size, learning rate and Adam's eps of a real run."""
-    (one, learning_rate), (eight, _) = digits_run(method, 1), digits_run(method, 8)
-
-    def check(path, a, b):
-        excess = (np.abs(a - b) - 1e-5 * np.abs(a)).max()
-        assert excess <= 0.01 * learning_rate, f"{path_name(path)}: off by {excess / learning_rate:.3g} lr"
-
-    for name in ("params", "ema"):
-        jax.tree_util.tree_map_with_path(check, one[name], eight[name])
+def test_bfloat16_computes_nearly_the_same_and_keeps_its_state_in_float32(method):
+    state, rows, _ = digits_run(method, "2x2x2", PLAIN | {"model.dtype": "bfloat16"})
+    expected_state, expected_rows, _ = digits_run_alone(method)
+    jax.tree.map(lambda a, b: np.testing.assert_equal(a.dtype, b.dtype), state, expected_state)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} == {"float32", "int32"}
+    expected = losses(expected_rows)
+    for name, values in losses(rows).items():
+        np.testing.assert_allclose(values, expected[name], rtol=0.02, err_msg=name)
 
 
 def specs_of(method="sd_dit", changes=None, **parallel):

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import shutil
+import time
 from collections.abc import Mapping
 from contextlib import closing, suppress
 from pathlib import Path
@@ -177,7 +178,12 @@ def _write_run(workdir: Path, config: Config, params: Any, ema: Any, source: Map
             checkpointer.save(0, state, meta)
         temporary.replace(workdir)
     except (OSError, CheckpointError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        # TensorStore's own threads cannot be joined: what they still write makes the folder again.
+        for _ in range(50):
+            shutil.rmtree(temporary, ignore_errors=True)
+            time.sleep(0.2)
+            if not temporary.exists():
+                break
         raise CheckpointError(f"--workdir={workdir} could not be written: {error}") from error
 
 

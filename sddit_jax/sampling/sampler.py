@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -72,7 +73,7 @@ def balanced_labels(count: int, num_classes: int) -> np.ndarray:
 
 
 def make_generate(sample: Sample, mesh: Mesh, batch_size: int) -> Callable[[Any, int, np.ndarray], np.ndarray]:
-    """generate(params, seed, labels) -> decoded images [len(labels), H, W, C] on the host, compiled once.
+    """generate(params, seed, labels) -> decoded images [len(labels), H, W, C] on every host, compiled once.
 
     Works through the labels in batches of `batch_size` rounded up to the devices, so that neither changes an image
     beyond rounding.
@@ -86,8 +87,8 @@ def make_generate(sample: Sample, mesh: Mesh, batch_size: int) -> Callable[[Any,
         for start in range(0, len(label_N), batch_size):
             index_B = np.arange(start, start + batch_size, dtype=np.int32)
             label_B = np.resize(label_N[start : start + batch_size], batch_size)
-            batch = jitted(params, seed, *jax.device_put((index_B, label_B), rows))
-            images.append(np.asarray(batch))
+            index_B, label_B = (jax.make_array_from_callback(x.shape, rows, x.__getitem__) for x in (index_B, label_B))
+            images.append(multihost_utils.process_allgather(jitted(params, seed, index_B, label_B), tiled=True))
         return np.concatenate(images)[: len(label_N)]
 
     return generate
