@@ -2,8 +2,8 @@
 
     python benchmarks/guidance_interval.py --config=configs/digits.py [--batch_size=64] [--steps=18] [--solver=heun]
 
-Samples without guidance, with guidance everywhere, and with guidance of the middle third of the noise levels. A row-pass
-is the network on one image. The times are the shortest of --repeats, taken in turns, without compilation.
+Samples without guidance, with guidance everywhere, and with guidance of the middle third of the noise levels. A
+row-pass is the network on one image. The times are the shortest of --repeats, taken in turns, without compilation.
 """
 
 import dataclasses
@@ -74,8 +74,8 @@ def main() -> None:
         print(f"{name:11} {passes[name]:7,} row-passes  {best[name]:8.3f} s")
     share, time_share = (a["interval"] / a["everywhere"] for a in (passes, best))
     print(
-        f"of guidance everywhere the interval ({interval[0]:.3g}, {interval[1]:.3g}] takes {share:.1%} of the row-passes "
-        f"and {time_share:.1%} of the time: {time_share / share - 1:+.1%} of what its row-passes would"
+        f"of guidance everywhere the interval ({interval[0]:.3g}, {interval[1]:.3g}] takes {share:.1%} of the "
+        f"row-passes and {time_share:.1%} of the time: {time_share / share - 1:+.1%} of what its row-passes would"
     )
 
 
