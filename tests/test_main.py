@@ -228,6 +228,21 @@ def test_sample_writes_images_and_how_they_were_made(command, finished, tmp_path
     assert Image.open(tmp_path / "a" / "grid.png").size[0] > 64
 
 
+def test_sample_by_a_weaker_run(command, finished, tmp_path):
+    arguments = [f"--workdir={finished}", "--num_samples=4", "--steps=4", f"--output={tmp_path}", f"--guide={finished}"]
+    assert_user_error(command("sample", *arguments), "--guide", "set --guidance")
+    settings = ["--guidance=2", "--guidance_interval=0.3,5", "--solver=stochastic", "--s_churn=2", "--guide_step=40"]
+    done = command("sample", *arguments, *settings)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "samples.json").read_text())
+    assert record["guide"]["checkpoint_step"] == 40
+    assert record["checkpoint_step"] == 60
+    assert record["guide"]["checkpoint_digests"] != record["checkpoint_digests"]
+    assert record["guidance_interval"] == [0.3, 5]
+    assert record["churn"] == {"s_churn": 2, "s_min": 0.05, "s_max": 50, "s_noise": 1.003}
+    assert len(record["noise_levels"]) == 5
+
+
 def test_wrong_arguments_are_explained(command, finished, tmp_path):
     """One process each would take a minute; the errors of config.py itself are tested without one."""
     workdir = f"--workdir={tmp_path}/new"
