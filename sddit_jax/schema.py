@@ -244,9 +244,7 @@ class Eval:
         0, "C", "steps between distances; 0: none. The checkpoint with the lowest is kept, beside the newest", least=0
     )
     reference: str = _default("", "C", "npz file that samples are compared with; `evaluate` writes one")
-    features: str = _default(
-        "inception", "C", "of what images are compared in", choices=("inception", "pixels")
-    )
+    features: str = _default("inception", "C", "of what images are compared in", choices=("inception", "pixels"))
     inception: str = _default("", "C", "file of Inception's weights")
 
 
