@@ -143,10 +143,8 @@ def test_with_inception_from_a_file(tmp_path):
     assert samples.pool_ND.shape == (12, 2048)
     assert space.record["published_weights"] is False
     adm = open_reference(tmp_path / "adm.npz", space, ("pr", "kid"), 8)
+    np.testing.assert_allclose(adm.pool.covariance_DD, np.cov(adm.images.pool_ND.T.astype(np.float64)), rtol=1e-6)
     found = evaluate(samples, adm, space).results
-    alone = measure(space, iter([real]) if mesh.size >= 12 else iter([real[:8], real[8:]]), keep=True)
-    expected = metrics.frechet_distance(*metrics.moments(samples.pool_ND), *metrics.moments(alone.pool_ND))
-    assert found["fid"] == pytest.approx(expected, rel=1e-6)
     assert found["inception_score"] == metrics.inception_score(samples.logits_NK)[0]
     assert set(found) == {
         "fid", "sfid", "inception_score", "inception_score_std", "precision", "recall", "kid", "kid_std",
