@@ -96,8 +96,8 @@ def _source() -> ImageSet:
         return images
     if kind == "latents":
         raise UserError(f"--source={SOURCE.value} has latents, not images; name the images that they are of")
-    resolution = 8 if kind == "digits" else RESOLUTION.value
-    if resolution is None:
+    resolution = RESOLUTION.value or (8 if kind == "digits" else 0)
+    if not resolution:
         raise UserError(f"--source={SOURCE.value} needs --resolution=SIDE, such as 256")
     source = open_source(
         SOURCE.value,

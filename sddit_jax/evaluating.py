@@ -9,6 +9,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from sddit_jax import metrics
 from sddit_jax.data.evaluation_files import EvaluationFile, Statistics, open_evaluation_file, write_statistics
 from sddit_jax.data.image_sets import ImageSet
@@ -140,7 +142,7 @@ def check_dimension(reference: Reference, dimension: int) -> None:
 
 def measure_set(space: FeatureSpace, images: ImageSet, batch_size: int, words: str, *, keep: bool) -> Measured:
     """`measure` with progress in the log."""
-    progress = Progress(images.shape[0], unit="image")
+    progress = Progress(images.shape[0], primary=jax.process_index() == 0, unit="image")
     try:
         return measure(space, images.batches(batch_size), keep=keep, on_batch=lambda n: progress.show(n, words))
     finally:
@@ -237,7 +239,8 @@ def write_reference(
         "features": space.record,
         "versions": versions(),
     }
-    write_statistics(path, pool, spatial, measured.count, record)
+    if jax.process_index() == 0:
+        write_statistics(path, pool, spatial, measured.count, record)
     return measured.count
 
 

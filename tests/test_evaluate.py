@@ -115,6 +115,7 @@ def test_what_is_wrong_is_explained(tmp_path):
         ([*good, "--inception=weights.pth"], "weights.pth"),
         (["--source=folder:absent", "--write_reference=x.npz", pixels], "--resolution"),
         (["--source=folder:absent", "--write_reference=x.npz", pixels, "--resolution=8"], "absent"),
+        (["--source=digits", "--write_reference=x.npz", pixels, "--resolution=16"], "image_size=16"),
         (["--source=latents:absent", "--write_reference=x.npz", pixels, "--resolution=8"], "not images"),
         (["--source=npz:good.npz", "--write_reference=x.npz", pixels, "--resolution=9"], "--resolution=9"),
         (["--source=digits", "--write_reference=no/such/x.npz", pixels], "could not be written"),

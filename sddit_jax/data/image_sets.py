@@ -66,7 +66,7 @@ def open_image_set(path: str | os.PathLike[str], num_threads: int = 16) -> Image
 
     Raises DataError: there are none, they cannot be read, or they have different sizes.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_dir():
         return _open_folder(path, num_threads)
     if not path.exists():
