@@ -80,6 +80,8 @@ class Monitor:
 
     def measure(self, ema: Any, step: int) -> dict[str, float]:
         """Samples, and returns the distance as `self.name`, and the seconds that it took."""
+        # What training still computes is not the time of this.
+        jax.block_until_ready(ema)
         began = time.monotonic()
         images = self._generate(ema, self._seed, self._label_N)
         sampled = time.monotonic()
