@@ -269,6 +269,24 @@ def _check_together(config: Config, guide: bool) -> None:
             f"eval.name is 'digits', but data.source is {config.data.source!r}",
         ),
         (
+            config.eval.every % config.checkpoint.every != 0,
+            f"eval.every {config.eval.every} is not divisible by checkpoint.every {config.checkpoint.every}, but "
+            "the checkpoint with the lowest distance is kept",
+        ),
+        (
+            config.eval.every > 0 and not config.eval.reference,
+            f"eval.every is {config.eval.every}, but eval.reference names no npz file; python -m sddit_jax.evaluate "
+            "--write_reference writes one",
+        ),
+        (
+            config.eval.every > 0 and config.eval.features == "inception" and not config.eval.inception,
+            f"eval.every is {config.eval.every}, but eval.inception names no file of weights",
+        ),
+        (
+            config.eval.every > 0 and config.codec.name == "latents" and not config.codec.autoencoder,
+            f"eval.every is {config.eval.every}, but codec.autoencoder, which makes images of latents, is empty",
+        ),
+        (
             (config.codec.name == "latents") != config.data.source.startswith("latents:")
             and config.data.source != "folder:",
             f"codec.name is {config.codec.name!r}, but data.source is {config.data.source!r}",

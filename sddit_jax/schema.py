@@ -248,13 +248,19 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-    """What is measured when the run is done."""
+    """What is measured when the run is done, and the distance to a reference that is measured during it."""
 
     name: str = _default(
         "none", "C", "none, or digits: the samples judged against the real digits", choices=("none", "digits")
     )
     draws: int = _default(5, "C", "independent draws of samples", least=1)
-    num_samples: int = _default(1000, "C", "samples in a draw", least=1)
+    num_samples: int = _default(1000, "C", "samples in a draw, and of a distance", least=2)
+    every: int = _default(
+        0, "C", "steps between distances; 0: none. The checkpoint with the lowest is kept, beside the newest", least=0
+    )
+    reference: str = _default("", "C", "npz file that samples are compared with; `evaluate` writes one")
+    features: str = _default("inception", "C", "of what images are compared in", choices=("inception", "pixels"))
+    inception: str = _default("", "C", "file of Inception's weights")
 
 
 @dataclasses.dataclass(frozen=True)
