@@ -31,7 +31,7 @@ from sddit_jax.state import Parts, make_parts
 
 log = logging.getLogger("sddit_jax")
 
-# The encoders of a run, and where they are in its state; a teacher that is the EMA itself is not there.
+# The encoders of a run, and where they are in its state; a teacher that is the EMA itself has no place of its own.
 STATE_PATHS = {
     "ema": "ema/default/encoder",
     "params": "params/encoder",
@@ -154,24 +154,24 @@ def load_encoders(
 ) -> tuple[Config, dict[str, Any], dict[str, Any]]:
     """The configuration of a run, encoders by their names (see `WEIGHTS`), and the record of the checkpoint.
 
-    weights: empty for the EMA, and the teacher if it is not the EMA itself. The EMA alone is read without the rest of
-    the state. Raises UserError for a teacher that the run does not have, and CheckpointError.
+    weights: empty for the EMA, and the teacher if the run has one of its own. The EMA alone is read without the rest
+    of the state. Raises UserError for a teacher that the run does not have, and CheckpointError.
     """
     parts = make_parts(read_config(workdir))
     objective = discrimination_of(parts)
+    own_teacher = objective is not None and objective.config.teacher == "own"
     if not weights:
-        weights = ("ema", "teacher") if objective and objective.config.teacher == "own" else ("ema",)
-    if "teacher" in weights and not objective:
-        raise UserError(f"{workdir} was trained without discrimination: it has no teacher; choose ema or params")
+        weights = ("ema", "teacher") if own_teacher else ("ema",)
+    if "teacher" in weights and not own_teacher:
+        raise UserError(f"{workdir} has no teacher of its own; choose ema or params")
     if set(weights) == {"ema"}:
         abstract = abstract_state(parts, mesh)["ema"]
         ema, meta = open_checkpoints(workdir).restore_ema(abstract, step)
         return resolve(meta["config"]), {"ema": ema["default"]["encoder"]}, meta
     config, state, meta = restore_run(workdir, mesh, step)
-    ema = state["ema"]["default"]
-    found = {"ema": ema, "params": state["params"]}
-    if objective:
-        found["teacher"] = objective.teacher(state["aux"][objective.name], ema)
+    found = {"ema": state["ema"]["default"], "params": state["params"]}
+    if own_teacher:
+        found["teacher"] = state["aux"][objective.name]["teacher"]
     return config, {name: found[name]["encoder"] for name in weights}, meta
 
 
