@@ -109,10 +109,10 @@ def test_blocks_are_computed_in_as_many_passes_as_memory_asks_for(monkeypatch):
     assert representation.probe(features, {"ema": encoder}, encoder, train, test, [0.1], [1, 2]) == together
 
 
-def save_run(workdir, parts, state):
+def save_run(workdir, parts, state, codec=PIXELS):
     write_config(workdir, parts.config)
     with closing(Checkpointer(workdir / CHECKPOINTS)) as checkpointer:
-        checkpointer.save(0, state, {"config": to_dict(parts.config), "codec": PIXELS})
+        checkpointer.save(0, state, {"config": to_dict(parts.config), "codec": codec})
 
 
 def test_each_encoder_of_a_run_is_found(tmp_path):
@@ -195,24 +195,29 @@ def test_an_image_in_place_of_a_bad_one_is_not_used_twice(tmp_path):
     assert len(train.index_n) + len(test.index_n) == 19
 
 
+LATENTS = {"model.image_size": 4, "model.num_classes": 3, "codec.name": "latents", "codec.mean": (0.25,),
+           "codec.scale": (0.5,)}  # fmt: skip
+LATENT_CODEC = {"name": "latents", "weights": "fedcba9876543210"}
+
+
 def test_latents_are_the_means_of_their_moments(tmp_path):
     plan = make_plan(latent_shape=(4, 4, 3), records=23)
     write_latents(tmp_path, plan)
-    parts = tiny_parts("sd_dit", {"model.image_size": 4, "model.num_classes": 3, "codec.name": "latents",
-                                  "codec.mean": (0.25,), "codec.scale": (0.5,)})  # fmt: skip
-    codec = {"name": "latents", "weights": "fedcba9876543210"}
-    train, _, _ = load_images(parts.config, codec, source=f"latents:{tmp_path}")
+    parts = tiny_parts("sd_dit", LATENTS)
+    train, _, _ = load_images(parts.config, LATENT_CODEC, source=f"latents:{tmp_path}")
     expected = (values(plan)[train.index_n, 0, 0].astype(np.float32) - 0.25) * 0.5
     np.testing.assert_allclose(parts.codec.expected(train.batch), expected, rtol=1e-6)
-    for other in (PIXELS, codec | {"weights": "0"}):
+    for other in (PIXELS, LATENT_CODEC | {"weights": "0"}):
         with pytest.raises(DataError, match="but the network learnt"):
             load_images(parts.config, other, source=f"latents:{tmp_path}")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The workdir of a run of seconds, and a function that calls a command on it."""
+    """The workdir of a run on the digits, and a function that probes it, or another."""
     workdir, cache = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("cache")
+    parts = digits_parts()
+    save_run(workdir, parts, noised_state(parts))
     environment = os.environ | {
         "XLA_FLAGS": "",
         "OMP_NUM_THREADS": "1",
@@ -220,24 +225,23 @@ def run(tmp_path_factory):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
-    def command(name, *arguments, code=0):
+    def probed(*arguments, workdir=workdir, code=0):
         done = subprocess.run(
-            [sys.executable, "-m", f"sddit_jax.{name}", f"--workdir={workdir}", *arguments],
+            [sys.executable, "-m", "sddit_jax.probe", f"--workdir={workdir}", *arguments],
             cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
         return done
 
-    command("main", f"--config={ROOT}/tests/configs/tiny.py", "--config.steps=10", "--config.sampling.every=0")
-    return workdir, command
+    return workdir, probed
 
 
 def test_the_command_writes_a_table_its_conditions_and_a_picture(run):
-    workdir, command = run
-    done = command("probe", "--sigmas=0.01,1", "--weights=ema,params,teacher", "--num_train=300", "--num_test=100")
+    workdir, probed = run
+    done = probed("--sigmas=0.01,1", "--weights=ema,params,teacher", "--num_train=300", "--num_test=100")
     record = json.loads((workdir / "probe" / "probe.json").read_text())
-    assert record["checkpoint_step"] == 10
+    assert record["checkpoint_step"] == 0
     prefixes = {path.split("/encoder/")[0] for path in record["checkpoint_digests"]}
     assert prefixes == {"ema/default", "params", "aux/discrimination/teacher"}
     assert [(row["weights"], row["sigma"], row["feature"]) for row in record["rows"]] == [
@@ -258,10 +262,24 @@ def test_the_command_writes_a_table_its_conditions_and_a_picture(run):
 
 
 def test_by_default_the_ema_and_the_teacher_are_probed(run, tmp_path):
-    _, command = run
-    command("probe", "--num_train=100", "--num_test=20", "--sigmas=0.5", "--blocks=all", f"--output={tmp_path}/new/one")
+    _, probed = run
+    probed("--num_train=100", "--num_test=20", "--sigmas=0.5", "--blocks=all", f"--output={tmp_path}/new/one")
     record = json.loads((tmp_path / "new" / "one" / "probe.json").read_text())
-    assert {(row["weights"], row["block"]) for row in record["rows"]} == {("ema", 1), ("teacher", 1)}
+    assert {(row["weights"], row["block"]) for row in record["rows"]} == {
+        (name, block) for name in ("ema", "teacher") for block in (1, 2)
+    }
+
+
+def test_a_run_on_latents_is_probed(run, tmp_path):
+    _, probed = run
+    write_latents(tmp_path / "latents", make_plan(latent_shape=(4, 4, 3), records=60))
+    parts = tiny_parts("sd_dit", LATENTS | {"data.source": f"latents:{tmp_path}/latents"})
+    save_run(tmp_path, parts, noised_state(parts), LATENT_CODEC)
+    probed("--sigmas=0.5", "--weights=ema", workdir=tmp_path)
+    record = json.loads((tmp_path / "probe" / "probe.json").read_text())
+    assert record["latents"] == "means of the moments"
+    assert [record["data"][part]["count"] for part in ("train", "test")] == [48, 12]
+    assert Image.open(tmp_path / "probe" / "pca.png").size == (8 * 65 + 1, 2 * 65 + 1)
 
 
 @pytest.mark.parametrize(
@@ -270,12 +288,12 @@ def test_by_default_the_ema_and_the_teacher_are_probed(run, tmp_path):
         (["--weights=student"], "'student'; there are ema, params, teacher"),
         (["--sigmas=0.5,high"], "is not numbers"),
         (["--sigmas=0"], "noise levels are 0.002 to 80"),
-        (["--blocks=2"], "blocks are 1 to 1"),
+        (["--blocks=2,3"], "--blocks has 3, but the encoder's blocks are 1 to 2"),
         (["--blocks=first"], "is not last, all or numbers"),
         (["--source=folder:/does/not/exist"], "not a folder"),
         (["--checkpoint_step=7"], "no checkpoint of step 7"),
     ],
 )
 def test_the_user_is_told_what_would_be_right(run, arguments, words):
-    _, command = run
-    assert words in command("probe", *arguments, code=2).stderr
+    _, probed = run
+    assert words in probed(*arguments, code=2).stderr
