@@ -176,10 +176,13 @@ class Progress:
         self._bar.close()
 
 
-def save_grid(images_BHWC: np.ndarray, path: Path) -> None:
-    """Writes images [B, H, W, C] as one PNG, small ones enlarged: uint8, or latents (float32) in false colours."""
+def save_grid(images_BHWC: np.ndarray, path: Path, columns: int | None = None) -> None:
+    """Writes images [B, H, W, C] as one PNG, small ones enlarged: uint8, or latents (float32) in false colours.
+
+    columns: images in a row; None: about as many as rows.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     if images_BHWC.dtype != np.uint8:
         images_BHWC = images.false_colours(images_BHWC)
-    canvas = images.grid(images_BHWC, scale=max(1, 64 // images_BHWC.shape[1]))
+    canvas = images.grid(images_BHWC, columns, scale=max(1, 64 // images_BHWC.shape[1]))
     Image.fromarray(canvas.squeeze(-1) if canvas.shape[-1] == 1 else canvas).save(path)
