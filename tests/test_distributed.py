@@ -284,15 +284,21 @@ def test_stopped_and_killed_at_one_process_a_run_ends_as_if_neither(together, tm
 
 @pytest.mark.slow
 def test_a_run_of_two_processes_goes_on_in_one_and_back(together, alone, tmp_path):
-    """By SIGINT after a few steps, on another mesh, and with a third one to the end."""
+    """By SIGINT at the start, on another mesh until a SIGTERM, and with a third one to the end."""
     processes = start_two(*TRAIN, f"--workdir={tmp_path}", *FSDP)
     wait_until(lambda: (tmp_path / "config.json").exists(), processes)
     processes[1].send_signal(signal.SIGINT)
     said = ended(processes, 120)
     assert [process.returncode for process in processes] == [75, 75], said
     arguments = [f"--workdir={tmp_path}", *FSDP]
-    done = one(*TRAIN, *arguments, "--config.parallel.fsdp=2", "--config.steps=12", "--config.eval.name=none")
-    assert done.returncode == 0, done.stderr
+    process = subprocess.Popen(
+        [*TRAIN, *arguments, "--config.parallel.fsdp=2"],
+        env=ENVIRONMENT | EIGHT, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_until(lambda: len(rows(tmp_path)) >= 6, [process])
+    process.send_signal(signal.SIGTERM)
+    said = ended([process], 120)
+    assert process.returncode == 75, said
     done = two(*TRAIN, *arguments, "--config.parallel.fsdp=4", "--config.parallel.tensor=2")
     assert done.returncode == 0, done.stdout
     (rows_a, rows_b) = ([row for row in rows(run) if "train/loss" in row] for run in (tmp_path, together))
