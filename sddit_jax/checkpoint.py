@@ -15,7 +15,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -92,7 +92,7 @@ class _DamagedError(CheckpointError):
 class Checkpointer:
     """The checkpoints of one run. All processes make the same calls.
 
-    Kept are the newest `keep_last`, and the steps that are multiples of `keep_every` (0: none).
+    Kept are the newest `keep_last`, the steps that are multiples of `keep_every` (0: none), and that of `pin`.
     Opening one removes what unfinished saves have left: anything that looks at the directory while
     the run may be writing to it passes `read_only`.
     """
@@ -107,7 +107,8 @@ class Checkpointer:
     ) -> None:
         self.directory = epath.Path(directory).absolute()
         self._read_only = read_only
-        keep = [ocp.checkpoint_managers.LatestN(keep_last)]
+        self._pinned: int | None = None
+        keep = [ocp.checkpoint_managers.LatestN(keep_last), _Pinned(lambda: self._pinned)]
         if keep_every:
             keep.append(ocp.checkpoint_managers.EveryNSteps(keep_every))
         options = ocp.CheckpointManagerOptions(
@@ -131,6 +132,13 @@ class Checkpointer:
     def latest_step(self) -> int | None:
         """The last of `all_steps`."""
         return max(self.all_steps(), default=None)
+
+    def pin(self, step: int | None) -> None:
+        """Keeps the checkpoint of `step`, which may be saved after this, and no longer that of an earlier call.
+
+        What is kept is decided when a step is saved.
+        """
+        self._pinned = step
 
     def save(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         """Starts to save `state` with the record `meta`; the state may be donated on return.
@@ -293,6 +301,18 @@ class Checkpointer:
         except Exception as error:
             # Full disks come as OSError or as ValueError, from a background thread or from a call.
             raise CheckpointError(f"{self.directory} could not be written: {error}") from error
+
+
+class _Pinned(ocp.checkpoint_managers.PreservationPolicy):
+    """Keeps the one step that a function returns."""
+
+    def __init__(self, pinned: Callable[[], int | None]) -> None:
+        self._pinned = pinned
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Which of the checkpoints to keep."""
+        del context
+        return [checkpoint.step == self._pinned() for checkpoint in checkpoints]
 
 
 def _items(state: Mapping[str, Any]) -> dict[str, Any]:

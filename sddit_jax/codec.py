@@ -30,6 +30,10 @@ class Codec(abc.ABC):
         """The clean images x0 of a batch as the loader gives it, float32 [B, H, W, C]."""
 
     @abc.abstractmethod
+    def expected(self, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """The mean of what `clean` draws: the same at every visit."""
+
+    @abc.abstractmethod
     def decode(self, z_BHWC: jax.Array) -> jax.Array:
         """What the network sees, as a person or an autoencoder takes it."""
 
@@ -55,6 +59,10 @@ class PixelCodec(Codec):
         del key
         return self.encode(batch["image"])
 
+    def expected(self, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """The images."""
+        return self.encode(batch["image"])
+
     def encode(self, image_BHWC: jax.Array) -> jax.Array:
         """uint8 [B, H, W, C] -> float32."""
         return self.normalise(image_BHWC.astype(jnp.float32) / 127.5 - 1)
@@ -74,6 +82,11 @@ class LatentCodec(Codec):
         moments_B2HWC = batch["moments"]
         eps_BHWC = jax.random.normal(key, (len(moments_B2HWC), *moments_B2HWC.shape[2:]))
         return self.encode_moments(moments_B2HWC, eps_BHWC)
+
+    def expected(self, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """The mean of each image's Gaussian."""
+        moments_B2HWC = batch["moments"]
+        return self.encode_moments(moments_B2HWC, jnp.zeros((len(moments_B2HWC), *moments_B2HWC.shape[2:])))
 
     def encode_moments(self, moments_B2HWC: jax.Array, eps_BHWC: jax.Array) -> jax.Array:
         """Mean and standard deviation of the autoencoder's Gaussian, and standard normal noise -> a sample as z."""

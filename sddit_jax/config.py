@@ -95,11 +95,14 @@ def default_config(method: str = "sd_dit") -> ml_collections.ConfigDict:
     return config.lock()
 
 
-def resolve(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
-    """The checked, frozen form of a ConfigDict. Raises ConfigError: unknown key, wrong type, impossible run."""
+def resolve(config: ml_collections.ConfigDict | Mapping[str, Any], guide: bool = False) -> Config:
+    """The checked, frozen form of a ConfigDict. Raises ConfigError: unknown key, wrong type, impossible run.
+
+    guide: another network guides the samples, so that they need no null label.
+    """
     values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
     resolved = _build(Config, values, "")
-    _check_together(resolved)
+    _check_together(resolved, guide)
     return resolved
 
 
@@ -181,10 +184,13 @@ def _check_value(field: dataclasses.Field, value: Any, key: str) -> None:
             raise ConfigError(f"{key} is {value}, but must be above {allowed['above']}")
 
 
-def _check_together(config: Config) -> None:
+def _check_together(config: Config, guide: bool) -> None:
     """Raises ConfigError for values that cannot be run together."""
     model, masking, diffusion, objectives = config.model, config.masking, config.diffusion, config.objectives
     tokens = (model.image_size // model.patch) ** 2
+    sampling = config.sampling
+    lowest, highest = sampling.sigma_min or diffusion.sigma_min, sampling.sigma_max or diffusion.sigma_max
+    guided_from, guided_to = sampling.guidance_interval
     impossible = [
         (
             model.image_size % model.patch != 0,
@@ -223,29 +229,62 @@ def _check_together(config: Config) -> None:
             "all weights in objectives are 0, so there is nothing to train",
         ),
         (
-            config.sampling.guidance != 1 and (model.num_classes == 0 or objectives.label_dropout == 0),
-            f"sampling.guidance is {config.sampling.guidance}, but it needs a trained null label: model.num_classes "
+            sampling.guidance != 1 and not guide and (model.num_classes == 0 or objectives.label_dropout == 0),
+            f"sampling.guidance is {sampling.guidance}, but it needs a trained null label: model.num_classes "
             f"is {model.num_classes}, objectives.label_dropout {objectives.label_dropout}",
         ),
         (
-            config.sampling.solver in ("ddim", "ddpm") and diffusion.name != "ddpm",
-            f"sampling.solver is {config.sampling.solver!r}, but diffusion.name {diffusion.name!r}: set heun or euler",
+            sampling.solver in ("ddim", "ddpm") and diffusion.name != "ddpm",
+            f"sampling.solver is {sampling.solver!r}, but diffusion.name {diffusion.name!r}: set heun, euler, "
+            "stochastic or dpmpp_2m",
         ),
         (
-            config.sampling.solver in ("ddim", "ddpm") and config.sampling.steps > DDPM_STEPS,
-            f"sampling.steps is {config.sampling.steps}, but ddpm has {DDPM_STEPS} noise levels",
+            sampling.solver in ("ddim", "ddpm") and sampling.steps > DDPM_STEPS,
+            f"sampling.steps is {sampling.steps}, but ddpm has {DDPM_STEPS} noise levels",
+        ),
+        (
+            diffusion.name == "ddpm" and bool(sampling.sigma_min or sampling.sigma_max),
+            f"sampling.sigma_min is {sampling.sigma_min} and sampling.sigma_max {sampling.sigma_max}, but "
+            "diffusion.name is 'ddpm', whose noise levels are fixed: leave both at 0",
         ),
         (
             diffusion.name == "ddpm" and diffusion != Diffusion(name="ddpm"),
             "diffusion.name is 'ddpm', whose noise levels are fixed: leave the other keys of diffusion as they are",
         ),
         (
-            config.sampling.guidance_channels > model.channels,
-            f"sampling.guidance_channels is {config.sampling.guidance_channels}, but model.channels {model.channels}",
+            0 < guided_to <= guided_from,
+            f"sampling.guidance_interval is {sampling.guidance_interval}, but its high end must be above its low one, "
+            "or 0 for none",
+        ),
+        (
+            sampling.solver == "stochastic" and sampling.s_max < sampling.s_min,
+            f"sampling.s_max {sampling.s_max} is below sampling.s_min {sampling.s_min}",
+        ),
+        (
+            sampling.guidance_channels > model.channels,
+            f"sampling.guidance_channels is {sampling.guidance_channels}, but model.channels {model.channels}",
         ),
         (
             config.eval.name == "digits" and config.data.source != "digits",
             f"eval.name is 'digits', but data.source is {config.data.source!r}",
+        ),
+        (
+            config.eval.every % config.checkpoint.every != 0,
+            f"eval.every {config.eval.every} is not divisible by checkpoint.every {config.checkpoint.every}, but "
+            "the checkpoint with the lowest distance is kept",
+        ),
+        (
+            config.eval.every > 0 and not config.eval.reference,
+            f"eval.every is {config.eval.every}, but eval.reference names no npz file; python -m sddit_jax.evaluate "
+            "--write_reference writes one",
+        ),
+        (
+            config.eval.every > 0 and config.eval.features == "inception" and not config.eval.inception,
+            f"eval.every is {config.eval.every}, but eval.inception names no file of weights",
+        ),
+        (
+            config.eval.every > 0 and config.codec.name == "latents" and not config.codec.autoencoder,
+            f"eval.every is {config.eval.every}, but codec.autoencoder, which makes images of latents, is empty",
         ),
         (
             (config.codec.name == "latents") != config.data.source.startswith("latents:")
@@ -256,6 +295,11 @@ def _check_together(config: Config) -> None:
         (
             diffusion.sigma_max <= diffusion.sigma_min,
             f"diffusion.sigma_max {diffusion.sigma_max} is not above diffusion.sigma_min {diffusion.sigma_min}",
+        ),
+        (
+            highest <= lowest,
+            f"sampling goes from noise level {highest} (sampling.sigma_max, or diffusion.sigma_max if that is 0) to "
+            f"{lowest} (sampling.sigma_min, or diffusion.sigma_min if that is 0), which must be below it",
         ),
         *(
             (

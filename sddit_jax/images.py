@@ -24,3 +24,32 @@ def false_colours(latents_BHWC: np.ndarray) -> np.ndarray:
     shown = latents_BHWC[..., : 3 if latents_BHWC.shape[-1] >= 3 else 1]
     largest = 3 * max(float(shown.std()), 1e-12)
     return np.clip(128 + 128 * shown / largest, 0, 255).astype(np.uint8)
+
+
+def as_pictures(images_BHWC: np.ndarray) -> np.ndarray:
+    """uint8 [B, H, W, 3] of uint8 images, grey ones too, or of latents in false colours."""
+    if images_BHWC.dtype != np.uint8:
+        images_BHWC = false_colours(images_BHWC)
+    return np.broadcast_to(images_BHWC, (*images_BHWC.shape[:-1], 3))
+
+
+def principal_pictures(features_BND: np.ndarray, size: int) -> np.ndarray:
+    """The first three principal components of patch features as red, green and blue: uint8 [B, size, size, 3].
+
+    One analysis of the patches of all images together, background and all, N of them a square grid in raster order.
+    Each component goes from 0 at its lowest patch to 255 at its highest; its sign is such that the patch furthest from
+    the mean is bright, which no rotation of the features changes. At least 3 patches and 3 features are needed.
+    """
+    batch, patches, width = features_BND.shape
+    x_TD = features_BND.reshape(-1, width).astype(np.float64)
+    u_TK, s_K, _ = np.linalg.svd(x_TD - x_TD.mean(axis=0), full_matrices=False)
+    score_T3 = u_TK[:, :3] * s_K[:3]
+    furthest = np.abs(score_T3).argmax(axis=0)
+    score_T3 = score_T3 * np.sign(score_T3[furthest, np.arange(3)])
+    low, high = score_T3.min(axis=0), score_T3.max(axis=0)
+    # A component that is only rounding error stays dark.
+    spread = np.maximum(high - low, max(1e-6 * (high - low).max(), 1e-30))
+    colours_T3 = np.rint(255 * (score_T3 - low) / spread).astype(np.uint8)
+    side = math.isqrt(patches)
+    patch_of_pixel = np.arange(size) * side // size
+    return colours_T3.reshape(batch, side, side, 3)[:, patch_of_pixel][:, :, patch_of_pixel]

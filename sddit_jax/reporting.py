@@ -28,8 +28,8 @@ class MetricsLog:
     Biases is used when `wandb` has its arguments (`wandb.init(**wandb)`). Of several processes
     only the `primary` one writes.
 
-    Opening with `restored_step` (0 for a start from nothing) cuts the rows after that step, and its evaluation, which
-    will be written again; None only drops what a killed process has left half-written.
+    Opening with `restored_step` (0 for a start from nothing) cuts the rows after that step, and the evaluation at the
+    end, which will be written again; None only drops what a killed process has left half-written.
     """
 
     def __init__(
@@ -95,7 +95,9 @@ def _comes_again(row: dict[str, Any], restored_step: int | None) -> bool:
     """Whether a run that continues from `restored_step` will write the row itself."""
     if restored_step is None or row["step"] < restored_step:
         return False
-    return row["step"] > restored_step or any(key.startswith("eval/") for key in row)
+    # At the step itself this is the evaluation at the end; what is measured on the way is in a row of training.
+    at_the_end = "train/loss" not in row and any(key.startswith("eval/") for key in row)
+    return row["step"] > restored_step or at_the_end
 
 
 def _cut(path: Path, restored_step: int | None) -> None:
@@ -174,10 +176,13 @@ class Progress:
         self._bar.close()
 
 
-def save_grid(images_BHWC: np.ndarray, path: Path) -> None:
-    """Writes images [B, H, W, C] as one PNG, small ones enlarged: uint8, or latents (float32) in false colours."""
+def save_grid(images_BHWC: np.ndarray, path: Path, columns: int | None = None) -> None:
+    """Writes images [B, H, W, C] as one PNG, small ones enlarged: uint8, or latents (float32) in false colours.
+
+    columns: images in a row; None: about as many as rows.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     if images_BHWC.dtype != np.uint8:
         images_BHWC = images.false_colours(images_BHWC)
-    canvas = images.grid(images_BHWC, scale=max(1, 64 // images_BHWC.shape[1]))
+    canvas = images.grid(images_BHWC, columns, scale=max(1, 64 // images_BHWC.shape[1]))
     Image.fromarray(canvas.squeeze(-1) if canvas.shape[-1] == 1 else canvas).save(path)

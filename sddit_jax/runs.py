@@ -1,6 +1,7 @@
 """A run's folder as others read it: its configuration and its newest checkpoint."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import jax
 from sddit_jax import config as config_lib
 from sddit_jax import sharding
 from sddit_jax.checkpoint import Checkpointer
-from sddit_jax.errors import CheckpointError, ConfigError
+from sddit_jax.errors import CheckpointError, ConfigError, UserError
+from sddit_jax.models.transformer import Network
+from sddit_jax.sampling.guidance import check_guide
 from sddit_jax.schema import Config
 from sddit_jax.state import Parts, State, make_parts
 
@@ -61,3 +64,21 @@ def restore_run(
         raise CheckpointError(f"{workdir} has no checkpoint{of_step}; there are {checkpointer.all_steps()}")
     state, meta = restored
     return config_lib.resolve(meta["config"]), state, meta
+
+
+def restore_guide(
+    workdir: Path, config: Config, codec: Mapping[str, Any], step: int | None = None
+) -> tuple[Network, Any, dict[str, Any]]:
+    """Network, EMA weights and record of the run that guides the samples of a network, from its newest checkpoint.
+
+    config, codec: of the network that is guided. Raises UserError if the run cannot guide it.
+    """
+    ema, meta = open_checkpoints(workdir).restore_ema(step=step)
+    guide = config_lib.resolve(meta["config"])
+    check_guide(config, guide)
+    own, other = codec.get("weights"), meta["codec"].get("weights")
+    if own and other and own != other:
+        raise UserError(
+            f"{workdir} learnt latents of the autoencoder {other}, but the network that it is to guide {own}"
+        )
+    return make_parts(guide).network, ema["default"], meta

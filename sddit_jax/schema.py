@@ -220,12 +220,27 @@ class Sampling:
     solver: str = _default(
         "heun",
         "I",
-        "heun or euler (EDM); for a ddpm model also ddim, or ddpm (random, with the learnt variance)",
-        choices=("heun", "euler", "ddim", "ddpm"),
+        "heun, euler, stochastic (EDM) or dpmpp_2m (DPM-Solver++); for a ddpm model also ddim, or ddpm (random, with "
+        "the learnt variance)",
+        choices=("heun", "euler", "stochastic", "dpmpp_2m", "ddim", "ddpm"),
     )
-    steps: int = _default(40, "I", "noise levels (network passes of heun: 2 * steps - 1, of others: steps)", least=1)
+    steps: int = _default(
+        40, "I", "noise levels (network passes of heun and stochastic: 2 * steps - 1, of others: steps)", least=1
+    )
+    sigma_min: float = _default(0.0, "C", "lowest noise level but 0; 0: the diffusion's", least=0)
+    sigma_max: float = _default(0.0, "C", "noise level at the start; 0: the diffusion's", least=0)
     rho: float = _default(7.0, "I", "exponent of the noise schedule", above=0)
-    guidance: float = _default(1.0, "C", "classifier-free guidance; 1: none", least=0)
+    s_churn: float = _default(40.0, "I", "of stochastic: noise added, over all steps (EDM's for ImageNet)", least=0)
+    s_min: float = _default(0.05, "I", "of stochastic: lowest noise level to add noise at", least=0)
+    s_max: float = _default(50.0, "I", "of stochastic: highest noise level to add noise at", least=0)
+    s_noise: float = _default(1.003, "I", "of stochastic: standard deviation of that noise over the exact one", least=0)
+    guidance: float = _default(1.0, "C", "guidance, classifier-free or by a weaker network; 1: none", least=0)
+    guidance_interval: tuple[float, float] = _default(
+        (0.0, 0.0),
+        "C",
+        "guide only where low < noise level <= high, at half the cost elsewhere; high 0: no end",
+        least=0,
+    )
     guidance_channels: int = _default(0, "C", "guide only the first channels (DiT's own code: 3); 0: all", least=0)
     every: int = _default(5000, "C", "steps between sample grids; 0: none", least=0)
     grid: int = _default(64, "C", "images in a grid", least=1)
@@ -233,13 +248,19 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-    """What is measured when the run is done."""
+    """What is measured when the run is done, and the distance to a reference that is measured during it."""
 
     name: str = _default(
         "none", "C", "none, or digits: the samples judged against the real digits", choices=("none", "digits")
     )
     draws: int = _default(5, "C", "independent draws of samples", least=1)
-    num_samples: int = _default(1000, "C", "samples in a draw", least=1)
+    num_samples: int = _default(1000, "C", "samples in a draw, and of a distance", least=2)
+    every: int = _default(
+        0, "C", "steps between distances; 0: none. The checkpoint with the lowest is kept, beside the newest", least=0
+    )
+    reference: str = _default("", "C", "npz file that samples are compared with; `evaluate` writes one")
+    features: str = _default("inception", "C", "of what images are compared in", choices=("inception", "pixels"))
+    inception: str = _default("", "C", "file of Inception's weights")
 
 
 @dataclasses.dataclass(frozen=True)

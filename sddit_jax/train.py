@@ -20,6 +20,7 @@ from sddit_jax.data.loader import make_loader
 from sddit_jax.data.sources import Source, open_source
 from sddit_jax.distributed import stop_requests
 from sddit_jax.errors import CheckpointError, ConfigError, DataError, Diverged, Interrupted
+from sddit_jax.monitoring import Monitor
 from sddit_jax.reporting import MetricsLog, Progress, save_grid
 from sddit_jax.runs import CHECKPOINTS, CONFIG, abstract_state, read_config, restore_run, write_config
 from sddit_jax.sampling.decoding import Decode
@@ -64,6 +65,7 @@ def train(config: Config, workdir: Path) -> None:
         raise ConfigError(
             f"{workdir} is at step {start}, past steps {config.steps}; raise steps or use another --workdir"
         )
+    monitor = Monitor(parts, codec, decode, mesh, workdir, start) if config.eval.every else None
     _print_plan(config, source, mesh, abstract, start)
     primary = jax.process_index() == 0
     wandb_run = {
@@ -85,7 +87,7 @@ def train(config: Config, workdir: Path) -> None:
             with stop_requests() as stopped_by:
                 if primary:
                     write_config(workdir, config)
-                run = _Run(config, workdir, mesh, parts, source, codec, decode, checkpointer, metrics_log)
+                run = _Run(config, workdir, mesh, parts, source, codec, decode, checkpointer, metrics_log, monitor)
                 state = run.steps(state, start, layout, stopped_by)
             run.finish(state)
 
@@ -104,13 +106,16 @@ class _Run:
         decode: Decode,
         checkpointer: Checkpointer,
         metrics_log: MetricsLog,
+        monitor: Monitor | None,
     ) -> None:
         self.config, self.workdir, self.mesh, self.parts = config, workdir, mesh, parts
         self.source, self.checkpointer, self.metrics_log = source, checkpointer, metrics_log
         self.meta = {"config": config_lib.to_dict(config), "codec": codec}
         sample = make_sample(parts.network, parts.diffusion, parts.codec, config.sampling)
         self.generate = make_generate(sample, mesh, config.sampling.grid)
-        self.decode = decode
+        self.decode, self.monitor = decode, monitor
+        if monitor:
+            checkpointer.pin(monitor.best)
         self.diagnose = None
         if config.log.diagnose_every and evaluation.discrimination_of(parts):
             everywhere = sharding.replicated(mesh)
@@ -148,6 +153,12 @@ class _Run:
                     metrics |= self.diagnose(state, batch)
                 if pending is not None:
                     self._report(meter, *pending)
+                if self.monitor and self.monitor.due(step):
+                    # Before the step is saved: a run that continues from its checkpoint has its distance.
+                    measured = self.monitor.measure(state["ema"]["default"], step)
+                    meter.last_time += measured["perf/eval_seconds"]
+                    self.checkpointer.pin(self.monitor.best)
+                    metrics |= measured
                 pending = step, metrics
                 diverged = meter.skipped >= config.optimizer.max_skipped
                 stopped = stopped_by(step)
@@ -192,6 +203,8 @@ class _Run:
                 log.info("%s", line)
         path = self._sample_grid(state, self.config.steps)
         log.info("%d steps done; samples: %s", self.config.steps, path)
+        if self.monitor and self.monitor.best is not None:
+            log.info("the lowest %s: checkpoint %d, kept", self.monitor.name, self.monitor.best)
 
     def _report(self, meter: "_Meter", step: int, metrics: dict[str, jax.Array]) -> None:
         values = meter.report(step, metrics)
@@ -227,8 +240,8 @@ class _Meter:
     def report(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, float]:
         """Reads one step's metrics, for a row if it is time for one or the step was skipped; the row, or nothing."""
         was_skipped, self.skipped = self.skipped, int(metrics["train/skipped"])
-        diagnosed = any(key.endswith("/information") for key in metrics)
-        due = step % self.config.log.every == 0 or step in (1, self.config.steps) or diagnosed
+        measured = any(key.endswith("/information") or key.startswith("eval/") for key in metrics)
+        due = step % self.config.log.every == 0 or step in (1, self.config.steps) or measured
         if not (due or self.skipped):
             return {}
         values = {key: float(value) for key, value in jax.device_get(metrics).items()}

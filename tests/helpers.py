@@ -1,5 +1,7 @@
 """What several test files share."""
 
+import math
+
 import jax
 import numpy as np
 
@@ -39,3 +41,21 @@ def random_params(init, *args, scale: float = 0.1):
     rng = np.random.default_rng(7)
     shapes = jax.eval_shape(init, jax.random.key(0), *args)
     return jax.tree.map(lambda leaf: np.float32(scale * rng.normal(size=leaf.shape)), shapes)
+
+
+def products(jaxpr):
+    """Operations of all dot_generals of a jaxpr, loops counted."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[d] for d in contracted)
+        times = equation.params.get("length", 1)
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                if hasattr(inner, "eqns"):
+                    total += times * products(inner)
+                elif hasattr(inner, "jaxpr"):
+                    total += times * products(inner.jaxpr)
+    return total

@@ -326,6 +326,18 @@ class TestWriting:
         assert checkpoints.all_steps() == [4, 6, 7] == Checkpointer(tmp_path).all_steps()
         assert sorted(os.listdir(tmp_path)) == ["4", "6", "7"]
 
+    def test_a_pinned_step_is_kept_until_another_is(self, tmp_path):
+        checkpoints = Checkpointer(tmp_path, keep_last=1)
+        state, kept = make_state(), []
+        for step, pinned in ((1, 1), (2, 1), (3, 1), (4, 4), (5, 4), (6, None)):
+            checkpoints.pin(pinned)
+            checkpoints.save(step, state, META)
+            checkpoints.wait()
+            kept.append(checkpoints.all_steps())
+        assert kept == [[1], [1, 2], [1, 3], [4], [4, 5], [6]]
+        checkpoints.close()
+        assert Checkpointer(tmp_path).all_steps() == [6]
+
     def test_saving_a_step_twice_is_saving_it_once(self, directory):
         checkpoints = Checkpointer(directory, keep_last=3)
         checkpoints.save(3, make_state(30), META)

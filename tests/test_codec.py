@@ -48,3 +48,14 @@ def test_a_sample_of_the_moments_is_shifted_and_scaled():
     assert z.dtype == np.float32
     sample = moments[:, 0].astype(np.float64) + moments[:, 1].astype(np.float64) * eps
     np.testing.assert_allclose(z, (sample - [0.1, 0.2]) * 2, rtol=1e-5, atol=1e-6)
+
+
+def test_expected_is_the_mean_of_what_is_drawn():
+    moments = np.random.default_rng(0).normal(size=(2, 2, 3, 4, 2)).astype(np.float16)
+    codec = LatentCodec((0.1, 0.2), (2.0,))
+    z = codec.expected({"moments": moments})
+    assert z.dtype == np.float32
+    np.testing.assert_allclose(z, (moments[:, 0].astype(np.float64) - [0.1, 0.2]) * 2, rtol=1e-5, atol=1e-6)
+    batch = {"image": np.arange(12, dtype=np.uint8).reshape(1, 2, 2, 3)}
+    pixels = PixelCodec((0.1,), (0.5,))
+    np.testing.assert_array_equal(pixels.expected(batch), pixels.clean(batch, jax.random.key(0)))

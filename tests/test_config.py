@@ -179,14 +179,45 @@ def test_values_that_no_schema_may_allow(key, value):
             ["objectives.reconstruction.weight is 0.1", "masking.ratio is 0"],
         ),
         ({"diffusion": {"sigma_max": 0.002}}, ["diffusion.sigma_max 0.002", "diffusion.sigma_min 0.002"]),
+        (
+            {"sampling": {"sigma_max": 0.001}},
+            ["noise level 0.001 (sampling.sigma_max", "0.002 (sampling.sigma_min, or diffusion.sigma_min"],
+        ),
+        ({"sampling": {"sigma_min": 90.0}}, ["noise level 80.0", "to 90.0 (sampling.sigma_min"]),
+        (
+            {"sampling": {"sigma_max": 50.0}, "diffusion": {"name": "ddpm"}},
+            ["sampling.sigma_max 50.0", "diffusion.name is 'ddpm'", "leave both at 0"],
+        ),
+        ({"sampling": {"guidance_interval": (2.0, 0.5)}}, ["sampling.guidance_interval is (2.0, 0.5)", "high end"]),
+        (
+            {"sampling": {"guidance_interval": (2.0, 2.0)}},
+            ["sampling.guidance_interval is (2.0, 2.0)", "or 0 for none"],
+        ),
+        (
+            {"sampling": {"solver": "stochastic", "s_min": 3.0, "s_max": 2.0}},
+            ["sampling.s_max 2.0", "sampling.s_min 3.0"],
+        ),
+        ({"sampling": {"guidance": 2.0}, "model": {"num_classes": 0}}, ["sampling.guidance is 2.0", "null label"]),
         ({"codec": {"mean": (0.0, 0.0)}}, ["codec.mean has 2 values", "4 channels"]),
         ({"codec": {"scale": (1.0, 1.0, 1.0)}}, ["codec.scale has 3 values", "4 channels"]),
+        ({"eval": {"every": 7000, "reference": "x"}}, ["eval.every 7000", "checkpoint.every 5000"]),
+        ({"eval": {"every": 5000}}, ["eval.every is 5000", "eval.reference"]),
+        ({"eval": {"every": 5000, "reference": "x"}}, ["eval.every is 5000", "eval.inception"]),
+        (
+            {"eval": {"every": 5000, "reference": "x", "inception": "y"}, "codec": {"name": "latents"}},
+            ["eval.every is 5000", "codec.autoencoder"],
+        ),
         ({"batch_size": 10, "parallel": {"microbatches": 4}}, ["batch_size 10", "parallel.microbatches 4"]),
     ],
 )
 def test_impossible_combinations(values, parts):
     message = error_of(values)
     assert all(part in message for part in parts), message
+
+
+def test_a_guide_takes_the_place_of_the_null_label():
+    values = {"sampling": {"guidance": 2.0}, "model": {"num_classes": 0}}
+    assert resolve(values, guide=True).sampling.guidance == 2
 
 
 def test_what_may_change_when_a_run_is_continued():

@@ -174,6 +174,36 @@ def test_two_processes_compute_what_one_does_with_tensors_that_span_them(tmp_pat
     assert_same_up_to_rounding(tmp_path / "two", tmp_path / "one")
 
 
+@pytest.mark.slow
+def test_two_processes_measure_the_distances_of_one_and_keep_the_same_checkpoint(tmp_path):
+    np.savez(tmp_path / "images.npz", arr_0=np.random.default_rng(0).integers(0, 256, (80, 8, 8, 1)).astype(np.uint8))
+    changes = [
+        *SHORT, "--config.eval.every=5", "--config.eval.features=pixels", "--config.eval.num_samples=100",
+        f"--config.eval.reference={tmp_path}/images.npz", "--config.checkpoint.keep_last=1",
+    ]  # fmt: skip
+    workdirs = tmp_path / "two", tmp_path / "one"
+    for run, workdir in zip((two, one), workdirs, strict=True):
+        done = run(*TRAIN, f"--workdir={workdir}", *changes)
+        assert done.returncode == 0, done.stdout + done.stderr
+    of_two, of_one = ({r["step"]: r["eval/fd_pixels"] for r in rows(w) if "eval/fd_pixels" in r} for w in workdirs)
+    assert list(of_two) == list(of_one) == [5, 10, 15, 20]
+    for step, distance in of_two.items():
+        assert distance == pytest.approx(of_one[step], rel=1e-3)
+    best = min(of_two, key=of_two.get)
+    assert json.loads((workdirs[0] / "best.json").read_text())["step"] == best
+    steps = Checkpointer(workdirs[0] / "checkpoints", read_only=True).all_steps()
+    assert steps == sorted({best, 20})
+    # The command on two processes: one file of results, the same as that of one.
+    arguments = ["--features=pixels", f"--samples={tmp_path}/images.npz", f"--reference={tmp_path}/images.npz"]
+    found = []
+    for run in (two, one):
+        done = run(sys.executable, "-m", "sddit_jax.evaluate", *arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert (done.stdout + done.stderr).count("fd_pixels  ") == 1
+        found.append(json.loads((tmp_path / "images.evaluation.json").read_text()))
+    assert found[0] == found[1]
+
+
 def test_what_two_processes_saved_one_restores_on_any_number_of_devices(together):
     expected = host_state(together, 8, fsdp=8)
     for devices, parallel in ((1, {}), (2, {"tensor": 2}), (4, {"fsdp": 4})):

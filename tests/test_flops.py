@@ -1,11 +1,9 @@
 """The arithmetic on paper against that of the traced programs."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import tiny_config
+from helpers import products, tiny_config
 
 from sddit_jax import flops
 from sddit_jax.config import resolve
@@ -26,24 +24,6 @@ VARIANTS = {
     "dit": ("dit", {}),
     "dit with a learnt variance": ("dit", {"model.learn_sigma": True, "model.null_label": "row"}),
 }
-
-
-def products(jaxpr):
-    """Operations of all dot_generals of a jaxpr, loops counted."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[d] for d in contracted)
-        times = equation.params.get("length", 1)
-        for value in equation.params.values():
-            for inner in value if isinstance(value, (tuple, list)) else (value,):
-                if hasattr(inner, "eqns"):
-                    total += times * products(inner)
-                elif hasattr(inner, "jaxpr"):
-                    total += times * products(inner.jaxpr)
-    return total
 
 
 def traced_training(config, batch_size):

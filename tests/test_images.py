@@ -1,6 +1,6 @@
 import numpy as np
 
-from sddit_jax.images import grid
+from sddit_jax.images import as_pictures, grid, principal_pictures
 
 
 def test_grid_by_hand():
@@ -19,3 +19,45 @@ def test_grid_keeps_pixels_and_channels():
     np.testing.assert_array_equal(canvas[2:6, 10:16], images[1])
     np.testing.assert_array_equal(canvas[8:12, 2:8], images[3])
     assert canvas.sum() == images.sum()
+
+
+def components(seed=0, images=5, side=4, width=12):
+    """Features whose components are known scores along orthogonal axes of falling spread, with a large mean."""
+    rng = np.random.default_rng(seed)
+    scores = np.linalg.qr(rng.normal(size=(images * side**2, 6)) - [10.0, 0, 0, 0, 0, 0])[0][:, 1:]
+    scores -= scores.mean(axis=0)
+    scores = np.linalg.qr(scores)[0] * [16.0, 8, 4, 0.1, 0.1]
+    axes = np.linalg.qr(rng.normal(size=(width, width)))[0][:5]
+    return scores, (scores @ axes + rng.normal(size=width)).reshape(images, side**2, width)
+
+
+def test_colours_are_the_principal_components():
+    scores, features = components()
+    expected = scores[:, :3] * np.sign(scores[np.abs(scores[:, :3]).argmax(axis=0), [0, 1, 2]])
+    expected = 255 * (expected - expected.min(axis=0)) / np.ptp(expected, axis=0)
+    colours = principal_pictures(features, 4)
+    assert colours.dtype == np.uint8
+    np.testing.assert_allclose(colours.reshape(-1, 3), expected, atol=0.51)
+
+
+def test_colours_do_not_depend_on_the_basis_of_the_features():
+    _, features = components()
+    rotation = np.linalg.qr(np.random.default_rng(1).normal(size=(12, 12)))[0]
+    turned = principal_pictures(-3 * features @ rotation + 7, 4)
+    np.testing.assert_allclose(turned, principal_pictures(features, 4).astype(int), atol=1)
+
+
+def test_patches_are_enlarged_in_raster_order():
+    _, features = components(images=2, side=2)
+    small, large = (principal_pictures(features, size) for size in (2, 6))
+    np.testing.assert_array_equal(large, small.repeat(3, axis=1).repeat(3, axis=2))
+    # Features of rank 1 have one colour.
+    line = np.arange(8.0).reshape(2, 4, 1) * np.ones(5)
+    assert principal_pictures(line, 2)[..., 0].max() == 255
+    assert not principal_pictures(line, 2)[..., 1:].any()
+
+
+def test_pictures_have_three_channels():
+    grey = np.arange(8, dtype=np.uint8).reshape(2, 2, 2, 1)
+    np.testing.assert_array_equal(as_pictures(grey), grey.repeat(3, axis=3))
+    assert as_pictures(np.zeros((1, 2, 2, 4), np.float32)).shape == (1, 2, 2, 3)

@@ -228,6 +228,21 @@ def test_sample_writes_images_and_how_they_were_made(command, finished, tmp_path
     assert Image.open(tmp_path / "a" / "grid.png").size[0] > 64
 
 
+def test_sample_by_a_weaker_run(command, finished, tmp_path):
+    arguments = [f"--workdir={finished}", "--num_samples=4", "--steps=4", f"--output={tmp_path}", f"--guide={finished}"]
+    assert_user_error(command("sample", *arguments), "--guide", "set --guidance")
+    settings = ["--guidance=2", "--guidance_interval=0.3,5", "--solver=stochastic", "--s_churn=2", "--guide_step=40"]
+    done = command("sample", *arguments, *settings)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "samples.json").read_text())
+    assert record["guide"]["checkpoint_step"] == 40
+    assert record["checkpoint_step"] == 60
+    assert record["guide"]["checkpoint_digests"] != record["checkpoint_digests"]
+    assert record["guidance_interval"] == [0.3, 5]
+    assert record["churn"] == {"s_churn": 2, "s_min": 0.05, "s_max": 50, "s_noise": 1.003}
+    assert len(record["noise_levels"]) == 5
+
+
 def test_wrong_arguments_are_explained(command, finished, tmp_path):
     """One process each would take a minute; the errors of config.py itself are tested without one."""
     workdir = f"--workdir={tmp_path}/new"
@@ -288,3 +303,89 @@ def test_a_full_disk_is_named_and_earlier_checkpoints_stay(environment, tmp_path
     message = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert "could not be written" in message
     assert str(tmp_path) in message
+
+
+@pytest.fixture(scope="session")
+def monitored(environment, tmp_path_factory) -> tuple[Path, list[str]]:
+    """The workdir of an uninterrupted run that measures a distance every 10 steps, and its arguments."""
+    folder = tmp_path_factory.mktemp("monitored")
+    command = [sys.executable, "-m", "sddit_jax.evaluate", "--features=pixels"]
+    command += ["--source=digits", f"--write_reference={folder}/digits.npz"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    arguments = [
+        TINY,
+        "--config.steps=40",
+        "--config.eval.every=10",
+        f"--config.eval.reference={folder}/digits.npz",
+        "--config.eval.features=pixels",
+        "--config.eval.num_samples=100",
+        "--config.checkpoint.keep_last=1",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "sddit_jax.main", *arguments, f"--workdir={folder}/run"],
+        env=environment, cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder / "run", arguments
+
+
+def checkpoint_steps(workdir: Path) -> list[int]:
+    return Checkpointer(workdir / "checkpoints", read_only=True).all_steps()
+
+
+def test_distances_are_logged_and_the_best_checkpoint_is_kept(monitored):
+    workdir, _ = monitored
+    distances = {row["step"]: row["eval/fd_pixels"] for row in rows(workdir) if "eval/fd_pixels" in row}
+    assert list(distances) == [10, 20, 30, 40]
+    best = json.loads((workdir / "best.json").read_text())
+    assert {int(step): distance for step, distance in best["distances"].items()} == distances
+    assert best["distance"] == distances[best["step"]] == min(distances.values())
+    # By more than a percent, which is far above rounding.
+    assert best["step"] == 30
+    assert checkpoint_steps(workdir) == [30, 40]
+
+
+def test_a_run_that_goes_on_measures_the_same_and_keeps_the_same(command, monitored, tmp_path):
+    reference, arguments = monitored
+    workdir = tmp_path / "run"
+    shutil.copytree(reference, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "40")
+    done = command("main", *arguments, f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    assert "from step 30 to 40" in done.stderr
+    assert rows(workdir) == rows(reference)
+    assert (workdir / "best.json").read_text() == (reference / "best.json").read_text()
+    assert checkpoint_steps(workdir) == checkpoint_steps(reference)
+    # Under other conditions the distances are not compared.
+    done = command("main", *arguments, f"--workdir={workdir}", "--config.steps=50", "--config.eval.num_samples=70")
+    assert done.returncode == 0, done.stderr
+    assert "compared anew" in done.stderr
+    assert json.loads((workdir / "best.json").read_text())["step"] == 50
+    assert checkpoint_steps(workdir) == [50]
+
+
+def test_killed_between_distances_it_ends_as_if_never_killed(command, environment, monitored, tmp_path):
+    reference, arguments = monitored
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sddit_jax.main", *arguments, f"--workdir={tmp_path}"],
+        env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_for_step(tmp_path, 20)
+    process.kill()
+    process.wait()
+    assert command("main", *arguments, f"--workdir={tmp_path}").returncode == 0
+    assert rows(tmp_path) == rows(reference)
+    assert (tmp_path / "best.json").read_text() == (reference / "best.json").read_text()
+    assert checkpoint_steps(tmp_path) == checkpoint_steps(reference)
+
+
+def test_a_reference_that_does_not_fit_is_named_before_the_first_step(command, monitored, tmp_path):
+    _, arguments = monitored
+    np.savez(tmp_path / "large.npz", arr_0=np.zeros((5, 16, 16, 1), np.uint8))
+    np.savez(tmp_path / "rgb.npz", arr_0=np.zeros((5, 8, 8, 3), np.uint8))
+    workdir = f"--workdir={tmp_path}/new"
+    for name, words in (("large", "8x8"), ("rgb", "192 features"), ("absent", "absent.npz")):
+        changed = [*arguments, workdir, f"--config.eval.reference={tmp_path}/{name}.npz"]
+        assert_user_error(command("main", *changed), words)
+    assert_user_error(command("main", *arguments, workdir, "--config.eval.features=inception"), "eval.inception")

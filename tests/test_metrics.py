@@ -4,6 +4,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.optimize
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,9 +17,11 @@ from sddit_jax.metrics import (
     inception_score,
     kernel_distance,
     kernel_distance_of_subsets,
+    linear_probe,
     moments,
     nearest_distances,
     nearest_neighbour_accuracy,
+    neighbour_votes,
     precision_recall,
 )
 
@@ -291,3 +294,67 @@ def test_nearest_distances_are_those_of_all_pairs(seed):
 def test_nearest_neighbour_accuracy_goes_by_direction(label, accuracy):
     features = np.array([[1.0, 0.1], [50, 1], [0.1, 1], [1, 50]])
     assert nearest_neighbour_accuracy(features, np.array(label)) == accuracy
+
+
+def test_neighbours_vote_by_their_similarity():
+    train, label = np.array([[1.0, 0], [3, 4], [0, 7], [-1, 0]]), np.array([0, 1, 1, 2])
+    votes = neighbour_votes(train, label, np.array([[2.0, 0], [0, 0.5]]), 3, neighbours=3, temperature=0.5)
+    # Cosines 1, 0.6, 0, -1 and 0, 0.8, 1, 0: of the second's equal ones either may count.
+    np.testing.assert_allclose(votes[0], [np.exp(2), np.exp(1.2) + 1, 0], rtol=1e-12)
+    np.testing.assert_allclose(votes[1, 1], np.exp(1.6) + np.exp(2), rtol=1e-12)
+    np.testing.assert_allclose(votes[1].sum(), np.exp(1.6) + np.exp(2) + 1, rtol=1e-12)
+
+
+@pytest.mark.parametrize("block", [1, 7, 256])
+def test_votes_are_those_of_all_pairs(block):
+    rng = np.random.default_rng(0)
+    train, label, test = rng.normal(size=(90, 5)), rng.integers(0, 4, 90), rng.normal(size=(40, 5))
+    expected = np.zeros((40, 4))
+    for i, x in enumerate(test):
+        cosine = np.array([x @ y / np.linalg.norm(x) / np.linalg.norm(y) for y in train])
+        for j in np.argsort(-cosine)[:20]:
+            expected[i, label[j]] += np.exp(cosine[j] / 0.07)
+    np.testing.assert_allclose(neighbour_votes(train, label, test, 4, block=block), expected, rtol=1e-6)
+    with pytest.raises(DataError, match="19 training vectors have no 20"):
+        neighbour_votes(train[:19], label, test, 4)
+
+
+def test_a_linear_probe_separates_what_is_separable():
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 3, 400)
+    # Far apart on the scale of their spread, but not on that of the other features, and one is constant.
+    features = np.concatenate([0.01 * (np.eye(3)[label] + rng.uniform(0, 0.4, (400, 3))), np.full((400, 1), 9.0)], 1)
+    predicted, _ = linear_probe(features[:300], label[:300], features[300:])
+    np.testing.assert_array_equal(predicted, label[300:])
+    # Neither shift nor scale of a feature matters.
+    again, _ = linear_probe(features[:300] * 1e3 + 5, label[:300], features[300:] * 1e3 + 5)
+    np.testing.assert_array_equal(again, label[300:])
+
+
+def test_a_linear_probe_of_noise_is_at_chance():
+    rng = np.random.default_rng(1)
+    label, features = rng.integers(0, 4, 1400), rng.normal(size=(1400, 10))
+    predicted, _ = linear_probe(features[:400], label[:400], features[400:])
+    # Four standard deviations of a binomial share of 1/4 in 1,000.
+    assert abs((predicted == label[400:]).mean() - 0.25) < 4 * (0.25 * 0.75 / 1000) ** 0.5
+    assert (linear_probe(features[:400], label[:400], features[400:])[0] == predicted).all()
+    with pytest.raises(DataError, match="of one"):
+        linear_probe(features[:10], np.zeros(10, int), features)
+
+
+def test_the_linear_probe_is_the_minimum_of_its_loss():
+    rng = np.random.default_rng(2)
+    label = rng.integers(0, 2, 200)
+    x = rng.normal(size=(200, 1)) + 0.8 * label[:, None]
+    points = np.linspace(x.min(), x.max(), 2001)[:, None]
+    predicted, l2 = linear_probe(x, label, points, l2s=(1e-2,))
+    assert l2 == 1e-2
+    z = (x[:, 0] - x.mean()) / x.std()
+
+    def loss(wb):
+        # Two classes with opposite weights w / 2: their penalty is l2 / 2 times twice (w / 2)^2.
+        return np.logaddexp(0, (1 - 2 * label) * (wb[0] * z + wb[1])).mean() + 1e-2 / 4 * wb[0] ** 2
+
+    w, b = scipy.optimize.minimize(loss, [0.0, 0.0]).x
+    border = points[np.flatnonzero(np.diff(predicted))[0], 0]
+    assert (border - x.mean()) / x.std() == pytest.approx(-b / w, abs=5e-3)

@@ -1,6 +1,6 @@
 """npz files of images and of the statistics of their features, as ADM's evaluator reads them (Dhariwal & Nichol 2021).
 
-    arr_0              images, uint8 [N, H, W, 3]
+    arr_0              images, uint8 [N, H, W, 3]; [N, H, W, 1] is read too
     mu, sigma          mean [2048] and covariance [2048, 2048] of the pooled features: FID
     mu_s, sigma_s      mean [2023] and covariance [2023, 2023] of the spatial features: sFID
 
@@ -11,6 +11,7 @@ are written here have mu, sigma, mu_s and sigma_s, and two more:
     count              how many images the statistics are of
     record             JSON: how they were made
 
+Statistics of other features than Inception's have mu and sigma of another size, and no mu_s and sigma_s.
 The files are not trusted: nothing is unpickled, and no array is read before its type and shape are known to be right.
 """
 
@@ -80,8 +81,10 @@ class EvaluationFile(NamedTuple):
     record: dict[str, Any]
 
 
-def open_evaluation_file(path: str | os.PathLike[str]) -> EvaluationFile:
+def open_evaluation_file(path: str | os.PathLike[str], dimension: int | None = POOL_FEATURES) -> EvaluationFile:
     """Reads all but the images of an npz file of ADM's or of `write_statistics`.
+
+    dimension: of the features that mu is to be of; None: whatever the file has.
 
     Raises:
       DataError: no such file, a damaged one, one with neither images nor statistics, or it names what is of a wrong
@@ -102,7 +105,7 @@ def open_evaluation_file(path: str | os.PathLike[str]) -> EvaluationFile:
             raise DataError(f"{path} has neither arr_0 (images) nor mu and sigma; it has {sorted(names) or 'nothing'}")
         return EvaluationFile(
             _open_images(path, archive) if "arr_0" in names else None,
-            _read_statistics(path, archive, names, "mu", "sigma", POOL_FEATURES),
+            _read_statistics(path, archive, names, "mu", "sigma", dimension),
             _read_statistics(path, archive, names, "mu_s", "sigma_s", SPATIAL_FEATURES),
             _read_count(path, archive) if "count" in names else None,
             _read_record(path, archive) if "record" in names else {},
@@ -110,12 +113,17 @@ def open_evaluation_file(path: str | os.PathLike[str]) -> EvaluationFile:
 
 
 def write_statistics(
-    path: str | os.PathLike[str], pool: Statistics, spatial: Statistics, count: int, record: dict[str, Any]
+    path: str | os.PathLike[str], pool: Statistics, spatial: Statistics | None, count: int, record: dict[str, Any]
 ) -> None:
-    """Writes a file of statistics of `count` images; ADM's evaluator reads it too. Raises DataError if it cannot."""
+    """Writes a file of statistics of `count` images. ADM's evaluator reads it too if they are Inception's, both.
+
+    Raises DataError if it cannot.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    arrays = {"mu": pool.mean_D, "sigma": pool.covariance_DD, "mu_s": spatial.mean_D, "sigma_s": spatial.covariance_DD}
+    arrays = {"mu": pool.mean_D, "sigma": pool.covariance_DD}
+    if spatial is not None:
+        arrays |= {"mu_s": spatial.mean_D, "sigma_s": spatial.covariance_DD}
     try:
         with temporary.open("wb") as file:
             np.savez(file, **arrays, count=np.int64(count), record=json.dumps(record))
@@ -163,7 +171,7 @@ def _read(archive: zipfile.ZipFile, name: str) -> np.ndarray:
 
 def _open_images(path: Path, archive: zipfile.ZipFile) -> Images:
     shape, fortran, dtype = _header(path, archive, "arr_0")
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or min(shape) < 1:
         raise DataError(f"{path}: arr_0 is {dtype} of shape {list(shape)}; images are uint8 [N, H, W, 3]")
     if fortran:
         raise DataError(f"{path}: arr_0 is in Fortran's order; images have to lie one after the other")
@@ -171,13 +179,16 @@ def _open_images(path: Path, archive: zipfile.ZipFile) -> Images:
 
 
 def _read_statistics(
-    path: Path, archive: zipfile.ZipFile, names: set[str], mean: str, covariance: str, dimension: int
+    path: Path, archive: zipfile.ZipFile, names: set[str], mean: str, covariance: str, dimension: int | None
 ) -> Statistics | None:
     present = {mean, covariance} & names
     if not present:
         return None
     if len(present) == 1:
         raise DataError(f"{path} has {present.pop()} alone; {mean} and {covariance} belong together")
+    if dimension is None:
+        shape = _header(path, archive, mean)[0]
+        dimension = shape[0] if shape else 0
     for name, wanted in ((mean, (dimension,)), (covariance, (dimension, dimension))):
         shape, _, dtype = _header(path, archive, name)
         if dtype.kind != "f" or dtype.itemsize not in (4, 8) or shape != wanted:

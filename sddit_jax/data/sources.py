@@ -5,7 +5,7 @@ import logging
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -104,6 +104,24 @@ def open_source(
     if kind == "tfds" and rest:
         return TfdsSource(rest, split, image_shape, download=download)
     raise DataError(f"data source {spec!r}: expected 'digits', 'folder:PATH', 'tfds:NAME' or 'latents:PATH'")
+
+
+def held_out_split(spec: str, split: str) -> str | None:
+    """A split with labels that has none of `split`'s images, if the dataset comes with one: validation before test.
+
+    spec, split: as `open_source` takes them; a folder's splits are its folders. Latents have one split in a folder.
+    """
+    kind, _, rest = spec.partition(":")
+    own = split.partition("[")[0]
+    found: Collection[str] = ()
+    if kind == "folder":
+        path = Path(rest).expanduser()
+        # Without a folder of the split's own, all images are in it.
+        if (path / own).is_dir():
+            found = [name for name in SPLIT_NAMES if (path / name).is_dir()]
+    elif kind == "tfds":
+        found = _tfds_builder(rest, download=False).info.splits
+    return next((name for name in ("validation", "valid", "val", "test") if name in found and name != own), None)
 
 
 class ImageSource(ABC):

@@ -395,7 +395,7 @@ def sample(
     seed: int = 0,
     noise_BCHW: Tensor | None = None,
 ) -> Tensor:
-    """Images of the given labels by EDM's Heun sampler; what is left out is the run's setting.
+    """Images of the given labels by EDM's Heun sampler; what is left out, and all else, is the run's setting.
 
     Of a network of pixels uint8 [B, H, W, C]; of a network of latents float32 [B, C, H, W], as the autoencoder's
     decoder takes them. labels: 0 to num_classes, which is the null label. noise_BCHW: unit normal, instead of the
@@ -419,9 +419,13 @@ def sample(
 
     def denoise(x_BCHW: Tensor, sigma: float) -> Tensor:
         sigma_B = torch.full((len(x_BCHW),), sigma, device=device, dtype=x_BCHW.dtype)
-        return network.guided(x_BCHW, sigma_B, label_B, guidance, guidance_channels)
+        # Compared in float32, as the JAX sampler does.
+        low, high, level = torch.tensor([*settings.guidance_interval, sigma]).tolist()
+        here = guidance if low < level <= (high or math.inf) else 1.0
+        return network.guided(x_BCHW, sigma_B, label_B, here, guidance_channels)
 
     lowest, highest = sigma_range(c.diffusion)
+    lowest, highest = settings.sigma_min or lowest, settings.sigma_max or highest
     z = heun(denoise, noise_BCHW.to(device), noise_levels(steps, lowest, highest, settings.rho))
     mean, scale = (z.new_tensor(v)[None, :, None, None] for v in (c.codec.mean, c.codec.scale))
     x = z / scale + mean

@@ -1,12 +1,23 @@
-"""The network as a sampler calls it, with classifier-free guidance, and the denoiser that it makes."""
+"""The network as a sampler calls it, guided or not, and the denoiser that it makes.
 
+Guidance w moves what the network says away from a worse answer: worse + w (network - worse). The worse answer is its
+own for the null label (classifier-free guidance, Ho & Salimans 2022), or a weaker network's for the same label
+(autoguidance, Karras et al. 2024, arXiv 2406.02507). Guidance may be confined to an interval of noise levels, outside
+of which the worse answer is not computed (Kynkaanniemi et al. 2024, arXiv 2404.07724).
+"""
+
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from sddit_jax import schema
 from sddit_jax.diffusion import Diffusion
+from sddit_jax.errors import UserError
 from sddit_jax.models.transformer import Network
 
 # (x, scalar sigma) -> the network's output, or the denoised image
@@ -14,14 +25,34 @@ Output = Callable[[jax.Array, jax.Array], jax.Array]
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 
 
+@dataclasses.dataclass(frozen=True)
+class Piecewise:
+    """One function of (x, sigma) where low < sigma <= high, and another elsewhere."""
+
+    inside: Output | Denoise
+    outside: Output | Denoise
+    low: float
+    high: float
+
+    def at(self, sigma: float) -> Output | Denoise:
+        """The function for a noise level, which is compared in float32, as the noise levels are."""
+        return self.inside if np.float32(self.low) < np.float32(sigma) <= np.float32(self.high) else self.outside
+
+
 def make_output(
-    network: Network, diffusion: Diffusion, params: Any, label_B: jax.Array, guidance: float, channels: int = 0
+    network: Network,
+    diffusion: Diffusion,
+    params: Any,
+    label_B: jax.Array,
+    guidance: float,
+    channels: int = 0,
+    guide: Output | None = None,
 ) -> Output:
     """output(x, sigma) -> the network's guided output, [B, H, W, C] or [B, H, W, 2C] with a learnt variance.
 
-    Guidance w (Ho & Salimans 2022) is F_null + w (F_label - F_null) on the first `channels` of F (0: on all of its C),
-    and what is behind them is that of the label. With w = 1 the null label is not computed at all. The denoised image
-    is linear in F, so this is guidance of the denoised image too.
+    It is F_worse + guidance (F - F_worse) on the first `channels` of F (0: on all of its C), and what is behind them is
+    F's. F_worse is that of `guide`, or without one that of the null label. With a guidance of 1 it is not computed at
+    all. The denoised image is linear in F, so this is guidance of the denoised image too.
     """
     null_B = jnp.full_like(label_B, network.model.num_classes)
 
@@ -30,22 +61,64 @@ def make_output(
             sigma_B = jnp.full(x.shape[0], sigma, jnp.float32)
             return network(params, *diffusion.network_input(x, sigma_B), label).astype(jnp.float32)
 
-        if guidance == 1 or not network.model.num_classes:
+        if guidance == 1 or not (guide or network.model.num_classes):
             return one(x_BHWC, label_B)
-        both = one(jnp.concatenate([x_BHWC, x_BHWC]), jnp.concatenate([label_B, null_B]))
-        labelled, null = jnp.split(both, 2)
+        if guide:
+            labelled, worse = one(x_BHWC, label_B), guide(x_BHWC, sigma)
+        else:
+            both = one(jnp.concatenate([x_BHWC, x_BHWC]), jnp.concatenate([label_B, null_B]))
+            labelled, worse = jnp.split(both, 2)
         guided = channels or x_BHWC.shape[-1]
-        first = null[..., :guided] + guidance * (labelled - null)[..., :guided]
+        first = worse[..., :guided] + guidance * (labelled[..., :guided] - worse[..., :guided])
         return jnp.concatenate([first, labelled[..., guided:]], axis=-1)
 
     return output
 
 
-def make_denoise(output: Output, diffusion: Diffusion) -> Denoise:
-    """denoise(x, sigma) -> D, float32, for a scalar sigma."""
+def make_guided(
+    network: Network,
+    diffusion: Diffusion,
+    params: Any,
+    label_B: jax.Array,
+    sampling: schema.Sampling,
+    guide: Output | None = None,
+) -> Output | Piecewise:
+    """The output with the guidance of a configuration: within its interval guided, elsewhere not; see `make_output`."""
+    unguided = make_output(network, diffusion, params, label_B, 1.0)
+    if sampling.guidance == 1:
+        return unguided
+    low, high = sampling.guidance_interval
+    guided = make_output(network, diffusion, params, label_B, sampling.guidance, sampling.guidance_channels, guide)
+    return Piecewise(guided, unguided, low, high or math.inf)
+
+
+def make_denoise(output: Output | Piecewise, diffusion: Diffusion) -> Denoise | Piecewise:
+    """denoise(x, sigma) -> D, float32, for a scalar sigma; piecewise where the output is."""
+    if isinstance(output, Piecewise):
+        return dataclasses.replace(
+            output,
+            inside=make_denoise(output.inside, diffusion),
+            outside=make_denoise(output.outside, diffusion),
+        )
 
     def denoise(x_BHWC: jax.Array, sigma: jax.Array) -> jax.Array:
         sigma_B = jnp.full(x_BHWC.shape[0], sigma, jnp.float32)
         return diffusion.denoised(x_BHWC, output(x_BHWC, sigma), sigma_B)
 
     return denoise
+
+
+def check_guide(config: schema.Config, guide: schema.Config) -> None:
+    """Raises UserError if a network of `guide` cannot guide one of `config`: another image, label or preconditioning.
+
+    The sizes of the networks and their methods may differ.
+    """
+    keys = (
+        *("model.image_size", "model.channels", "model.num_classes", "diffusion.name", "diffusion.sigma_data"),
+        *("codec.name", "codec.mean", "codec.scale"),
+    )
+    for key in keys:
+        section, name = key.split(".")
+        own, other = (getattr(getattr(c, section), name) for c in (config, guide))
+        if own != other:
+            raise UserError(f"the guide has {key} {other}, but the network that it is to guide {own}: they must agree")

@@ -114,7 +114,7 @@ def with_nan(values):
             lambda a: {"arr_0": IMAGES.astype(np.float32)},
             r"arr_0 is float32 of shape \[10, 6, 4, 3\]; images are uint8",
         ),
-        (lambda a: {"arr_0": IMAGES[..., :1]}, r"shape \[10, 6, 4, 1\]"),
+        (lambda a: {"arr_0": IMAGES[..., :2]}, r"shape \[10, 6, 4, 2\]"),
         (lambda a: {"arr_0": IMAGES.transpose(0, 3, 1, 2).copy()}, r"shape \[10, 3, 6, 4\]"),
         (lambda a: {"arr_0": IMAGES[:0]}, r"shape \[0, 6, 4, 3\]"),
         (lambda a: {"arr_0": np.asfortranarray(IMAGES)}, "Fortran"),

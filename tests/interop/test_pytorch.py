@@ -1,6 +1,7 @@
 """The PyTorch network against the Flax one: the same weights and inputs, in the same numbers."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,8 @@ from sddit_jax.interop.state_dict import from_state_dict, to_state_dict
 from sddit_jax.masking import sample_mask
 from sddit_jax.models.sizes import decode
 from sddit_jax.models.transformer import Network
-from sddit_jax.sampling.guidance import make_denoise, make_output
+from sddit_jax.sampling.guidance import make_denoise, make_guided, make_output
+from sddit_jax.sampling.sampler import schedule
 from sddit_jax.sampling.solvers import heun, noise_levels
 from sddit_jax.train_step import draw, gradients_of, make_train_step
 
@@ -222,6 +224,27 @@ def test_heun_gives_the_same_images_from_the_same_noise(method, changes, guidanc
     # A random network that predicts eps leaves most of the first noise in place, of standard deviation 157.
     assert 0.5 < largest < (10 if config.diffusion.name == "edm" else 2000)
     np.testing.assert_allclose(to_numpy(theirs), images, rtol=0, atol=1e-4 if largest < 10 else 1e-6 * largest)
+
+
+def test_noise_levels_and_the_interval_of_guidance_are_the_runs():
+    settings = {"sampling.sigma_min": 0.01, "sampling.sigma_max": 40.0, "sampling.guidance_interval": (0.3, 40.0)}
+    config = tiny_config("dit", settings | {"sampling.guidance": 2.0, "codec.name": "latents", "codec.scale": (1.0,)})
+    network, params = random_network(config, scale=0.1)
+    noise_BHWC, _, _ = random_inputs(config, batch=3)
+    label_B = np.array([0, 1, 2], np.int32)
+    levels = schedule(make_diffusion(config.diffusion), dataclasses.replace(config.sampling, steps=5))
+
+    @functools.partial(jit, static_argnames="sampling")
+    def ours(params, sampling):
+        diffusion = make_diffusion(config.diffusion)
+        output = make_guided(network, diffusion, params, label_B, sampling)
+        return heun(make_denoise(output, diffusion), noise_BHWC, levels)
+
+    theirs = pytorch.sample(make_twin(config, params), label_B, steps=5, noise_BCHW=to_torch(noise_BHWC))
+    images = ours(params, config.sampling)
+    np.testing.assert_allclose(to_numpy(theirs), images, rtol=0, atol=1e-4)
+    everywhere = ours(params, dataclasses.replace(config.sampling, guidance_interval=(0.0, 0.0)))
+    assert np.abs(images - everywhere).max() > 1e-2
 
 
 @pytest.mark.parametrize(("steps", "multiplier"), [(18, 0.527625), (40, 0.504877), (256, 0.500095)])

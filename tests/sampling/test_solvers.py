@@ -1,3 +1,4 @@
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -5,13 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import random_params, tiny_config
+from tiny import jit
 
-from sddit_jax.codec import PixelCodec
+from sddit_jax.codec import LatentCodec, PixelCodec
 from sddit_jax.diffusion import EDM
 from sddit_jax.models.transformer import Network
 from sddit_jax.sampling.guidance import make_denoise, make_output
-from sddit_jax.sampling.sampler import make_sample
-from sddit_jax.sampling.solvers import heun, noise_levels
+from sddit_jax.sampling.sampler import make_sample, schedule
+from sddit_jax.sampling.solvers import dpmpp_2m, euler, heun, noise_levels
 from sddit_jax.schema import Sampling
 
 
@@ -102,12 +104,13 @@ def test_without_guidance_or_classes_there_is_no_null_pass(guidance, num_classes
     np.testing.assert_allclose(f[1, 0, 0], [2, 4, 6, 8], rtol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def generate():
+@pytest.fixture(scope="module", params=["heun", "stochastic"])
+def generate(request):
     """generate(indices, labels, seed=0) -> images as int32, from one compiled sampler per batch size."""
     network = Network(tiny_config())
     params = random_params(network.init)
-    sample = jax.jit(make_sample(network, EDM(), PixelCodec((0.0,), (0.5,)), Sampling(steps=3, guidance=1.5)))
+    sampling = Sampling(solver=request.param, steps=3, guidance=1.5)
+    sample = jit(make_sample(network, EDM(), PixelCodec((0.0,), (0.5,)), sampling))
 
     def generate(indices, labels, seed=0):
         return np.asarray(sample(params, seed, jnp.array(indices), jnp.array(labels)), np.int32)
@@ -125,3 +128,40 @@ def test_an_image_is_a_function_of_seed_index_and_label(generate):
             different = abs(image - alone).max()
             assert different <= 1 if i == position else different > 10
     assert abs(generate([5], [2], seed=1)[0] - alone).max() > 10
+
+
+class Smooth:
+    """F = sin(x + c_noise)."""
+
+    model = SimpleNamespace(image_size=4, channels=2, num_classes=0)
+
+    def __call__(self, params, x, c_noise, label):
+        return jnp.sin(x + c_noise[:, None, None, None])
+
+
+def smooth_samples(**settings):
+    codec = LatentCodec((0.0,), (1.0,))
+    sample = jax.jit(make_sample(Smooth(), EDM(), codec, Sampling(steps=9, **settings)))
+    return np.asarray(sample({}, 3, jnp.arange(5), jnp.zeros(5, jnp.int32)))
+
+
+def test_without_churn_stochastic_is_heun():
+    expected = smooth_samples(solver="heun")
+    np.testing.assert_array_equal(smooth_samples(solver="stochastic", s_churn=0.0), expected)
+    # Nor is there any if no noise level is within its bounds.
+    np.testing.assert_array_equal(smooth_samples(solver="stochastic", s_min=100.0, s_max=200.0), expected)
+    assert abs(smooth_samples(solver="stochastic") - expected).max() > 0.1
+
+
+def test_each_solver_goes_through_the_levels_that_are_set():
+    sampling = Sampling(steps=4, sigma_min=0.1, sigma_max=30.0, rho=3.0)
+    levels = schedule(EDM(), sampling)
+    np.testing.assert_array_equal(levels, noise_levels(4, 0.1, 30.0, 3.0))
+    noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(jax.random.key(3), i), (4, 4, 2)))(jnp.arange(5))
+    denoise = make_denoise(make_output(Smooth(), EDM(), {}, jnp.zeros(5, jnp.int32), 1.0), EDM())
+    for solve in (heun, euler, dpmpp_2m):
+        sample = make_sample(
+            Smooth(), EDM(), LatentCodec((0.0,), (1.0,)), dataclasses.replace(sampling, solver=solve.__name__)
+        )
+        out = jax.jit(sample)({}, 3, jnp.arange(5), jnp.zeros(5, jnp.int32))
+        np.testing.assert_allclose(out, jax.jit(lambda z, s=solve: s(denoise, z, levels))(noise), rtol=1e-5, atol=1e-5)

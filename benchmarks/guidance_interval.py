@@ -1,0 +1,83 @@
+"""What guidance within an interval of noise levels costs, in passes and in time.
+
+    python benchmarks/guidance_interval.py --config=configs/digits.py [--batch_size=64] [--steps=18] [--solver=heun]
+
+Samples without guidance, with guidance everywhere, and with guidance of the middle third of the noise levels. A
+row-pass is the network on one image. The times are the shortest of --repeats, taken in turns, without compilation.
+"""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from sddit_jax import cli
+from sddit_jax.config import resolve
+from sddit_jax.errors import UserError
+from sddit_jax.sampling.sampler import make_sample, schedule
+from sddit_jax.state import make_parts
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config, as for main.", lock_config=True)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images at a time.", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", 18, "Noise levels.", lower_bound=3)
+SOLVER = flags.DEFINE_enum("solver", "heun", ["heun", "euler", "dpmpp_2m"], "Solver.")
+REPEATS = flags.DEFINE_integer("repeats", 5, "Timings of each.", lower_bound=1)
+
+
+def main() -> None:
+    """Prints a line for each way to guide, and what the interval saves."""
+    if CONFIG.value is None:
+        raise UserError("--config=FILE is needed, as in --config=configs/digits.py")
+    config = resolve(CONFIG.value)
+    parts = make_parts(config)
+    plain = dataclasses.replace(config.sampling, solver=SOLVER.value, steps=STEPS.value, guidance=1.0)
+    levels = schedule(parts.diffusion, plain)
+    third = STEPS.value // 3
+    interval = float(levels[2 * third]), float(levels[third])
+    everywhere = dataclasses.replace(plain, guidance=1.5)
+    ways = {
+        "none": plain,
+        "everywhere": everywhere,
+        "interval": dataclasses.replace(everywhere, guidance_interval=interval),
+    }
+    # Heun's method passes each noise level twice, but the first.
+    called = np.concatenate([levels[:-1], levels[1:-1]]) if SOLVER.value == "heun" else levels[:-1]
+    guided = {
+        "none": 0,
+        "everywhere": len(called),
+        "interval": np.sum((interval[0] < called) & (called <= interval[1])),
+    }
+    passes = {name: BATCH_SIZE.value * int(len(called) + count) for name, count in guided.items()}
+
+    params = parts.network.init(jax.random.key(0))
+    index_B = jnp.arange(BATCH_SIZE.value)
+    programs, seconds = {}, {name: [] for name in ways}
+    arguments = params, jnp.int32(0), index_B, index_B % max(config.model.num_classes, 1)
+    for name, sampling in ways.items():
+        began = time.monotonic()
+        sample = make_sample(parts.network, parts.diffusion, parts.codec, sampling)
+        programs[name] = jax.jit(sample).lower(*arguments).compile()
+        compilation = time.monotonic() - began
+        jax.block_until_ready(programs[name](*arguments))
+        print(f"{name:11} compiled in {compilation:.1f} s")
+    for _ in range(REPEATS.value):
+        for name, program in programs.items():
+            began = time.monotonic()
+            jax.block_until_ready(program(*arguments))
+            seconds[name].append(time.monotonic() - began)
+    best = {name: min(times) for name, times in seconds.items()}
+    for name in ways:
+        print(f"{name:11} {passes[name]:7,} row-passes  {best[name]:8.3f} s")
+    share, time_share = (a["interval"] / a["everywhere"] for a in (passes, best))
+    print(
+        f"of guidance everywhere the interval ({interval[0]:.3g}, {interval[1]:.3g}] takes {share:.1%} of the "
+        f"row-passes and {time_share:.1%} of the time: {time_share / share - 1:+.1%} of what its row-passes would"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

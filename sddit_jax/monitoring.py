@@ -1,0 +1,143 @@
+"""The distance of samples to a reference during training, and which checkpoint had the lowest."""
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from sddit_jax.errors import CheckpointError, ConfigError
+from sddit_jax.evaluating import (
+    check_dimension,
+    check_resolution,
+    distance_name,
+    few_images_warnings,
+    open_reference,
+)
+from sddit_jax.feature_spaces import measure, open_space
+from sddit_jax.metrics import frechet_distance
+from sddit_jax.sampling.decoding import Decode
+from sddit_jax.sampling.sampler import balanced_labels, make_generate, make_sample
+from sddit_jax.state import Parts
+
+log = logging.getLogger("sddit_jax")
+
+BEST = "best.json"
+# Images that are decoded and whose features are computed at a time.
+_BATCH_SIZE = 256
+
+
+class Monitor:
+    """Measures a distance with the EMA weights every `config.eval.every` steps. All processes make the same calls.
+
+    The same noise and labels each time. WORKDIR/best.json has the step with the lowest distance, all distances, and
+    their conditions; with other conditions it starts anew. What it has of steps after `start`, which will be measured
+    again, is dropped.
+
+    Raises (when made): ConfigError, DataError or WeightsError for what could not be measured.
+    """
+
+    def __init__(
+        self, parts: Parts, codec: dict[str, Any], decode: Decode, mesh: Mesh, workdir: Path, start: int
+    ) -> None:
+        config = parts.config
+        self._eval, self._seed, self._decode = config.eval, config.seed, decode
+        self._label_N = balanced_labels(config.eval.num_samples, config.model.num_classes)
+        self._space = open_space(config.eval.features, config.eval.inception, mesh, _BATCH_SIZE)
+        self._reference = open_reference(config.eval.reference, self._space, ("fid",), _BATCH_SIZE)
+        self.name = f"eval/{distance_name(self._space)}"
+        sample = make_sample(parts.network, parts.diffusion, parts.codec, config.sampling)
+        self._generate = make_generate(sample, mesh, min(config.batch_size, config.eval.num_samples))
+        self._check_images(codec.get("factor") or 1, parts)
+
+        sampling = {k: v for k, v in dataclasses.asdict(config.sampling).items() if k not in ("every", "grid")}
+        self._path = workdir / BEST
+        self._conditions = {
+            "num_samples": config.eval.num_samples,
+            "seed": config.seed,
+            "sampling": sampling,
+            "autoencoder": config.codec.autoencoder,
+            "features": {k: v for k, v in self._space.record.items() if k != "weights"},
+            "reference_sha256": self._reference.record["sha256"],
+        }
+        self._distances = {step: distance for step, distance in self._read().items() if step <= start}
+
+    @property
+    def best(self) -> int | None:
+        """The step with the lowest distance, the first of several; None if there is no distance."""
+        return min(self._distances, key=self._distances.get, default=None)
+
+    def due(self, step: int) -> bool:
+        """Whether the step is one to measure."""
+        return step % self._eval.every == 0
+
+    def measure(self, ema: Any, step: int) -> dict[str, float]:
+        """Samples, and returns the distance as `self.name`, and the seconds that it took."""
+        # What training still computes is not the time of this.
+        jax.block_until_ready(ema)
+        began = time.monotonic()
+        images = self._generate(ema, self._seed, self._label_N)
+        sampled = time.monotonic()
+        measured = measure(self._space, self._batches(images), keep=False)
+        distance = frechet_distance(*measured.moments.finalise(), *self._reference.pool)
+        if not self._distances:
+            for words in few_images_warnings(measured.moments, self._reference):
+                log.warning("%s: %s", self.name, words)
+        # Every process computes it, so that none waits; one decides, so that all keep the same checkpoint.
+        words_2 = multihost_utils.broadcast_one_to_all(np.array([distance]).view(np.uint32))
+        distance = float(np.asarray(words_2).view(np.float64)[0])
+        self._distances[step] = distance
+        if jax.process_index() == 0:
+            self._write()
+        ended = time.monotonic()
+        log.info(
+            "step %d: %s %.6g of %d samples (%.1f s, of which %.1f s sampling); best: step %d",
+            step, self.name, distance, len(images), ended - began, sampled - began, self.best,
+        )  # fmt: skip
+        return {self.name: distance, "perf/eval_seconds": ended - began, "perf/eval_sampling_seconds": sampled - began}
+
+    def _batches(self, images: np.ndarray) -> Iterator[np.ndarray]:
+        for start in range(0, len(images), _BATCH_SIZE):
+            yield self._decode(images[start : start + _BATCH_SIZE])
+
+    def _check_images(self, factor: int, parts: Parts) -> None:
+        m = parts.config.model
+        side, channels = m.image_size * factor, 3 if parts.config.codec.name == "latents" else m.channels
+        if channels not in (1, 3):
+            raise ConfigError(f"eval.every is {self._eval.every}, but images of {channels} channels are not compared")
+        check_resolution(self._reference, side, side)
+        found = self._space.function(np.zeros((1, side, side, channels), np.uint8))
+        check_dimension(self._reference, found.pool_BD.shape[1])
+
+    def _read(self) -> dict[int, float]:
+        if not self._path.exists():
+            return {}
+        try:
+            saved = json.loads(self._path.read_text())
+            found, distances = saved["conditions"], {int(k): float(v) for k, v in saved["distances"].items()}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{self._path} cannot be read: {error}; remove it to start comparing anew") from error
+        if found != json.loads(json.dumps(self._conditions)):
+            log.warning("%s has distances under other conditions; steps are compared anew", self._path)
+            return {}
+        return distances
+
+    def _write(self) -> None:
+        content = {
+            "step": self.best,
+            "distance": self._distances[self.best],
+            "name": self.name,
+            "distances": self._distances,
+            "conditions": self._conditions,
+            "reference": self._reference.record["path"],
+        }
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(content, indent=2))
+        temporary.replace(self._path)

@@ -1,0 +1,170 @@
+"""Measures what a run's encoder knows of images: python -m sddit_jax.probe --workdir=RUN.
+
+k-nearest-neighbour and linear-probe accuracy of its features, always under the null label, at each noise level, and
+beside them those of the untrained network. Prints a table, and writes DIR/probe.json (the table, and how it was made)
+and DIR/pca.png: some test images, and below them, for each noise level and encoder, a row with the first three
+principal components of their patch features as colours.
+"""
+
+import json
+import logging
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+
+from sddit_jax import cli, process_flags, sharding
+from sddit_jax.errors import UserError
+from sddit_jax.images import as_pictures
+from sddit_jax.metrics import PROBE_L2
+from sddit_jax.reporting import save_grid
+from sddit_jax.representation import (
+    NEIGHBOURS,
+    STATE_PATHS,
+    TEMPERATURE,
+    WEIGHTS,
+    Features,
+    chance,
+    load_encoders,
+    load_images,
+    principal_rows,
+    probe,
+    table,
+    untrained_encoder,
+)
+from sddit_jax.schema import Parallel
+from sddit_jax.state import make_parts
+from sddit_jax.weights.decoding import load_decode
+
+log = logging.getLogger("sddit_jax")
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+OUTPUT = flags.DEFINE_string("output", None, "Folder to write to; it is made. Left out: WORKDIR/probe.")
+SOURCE = flags.DEFINE_string("source", "", "Images to fit probes: digits, folder:PATH, tfds:NAME or latents:PATH. Left "
+                             "out: the run's.")  # fmt: skip
+SPLIT = flags.DEFINE_string("split", "", "Which of them. Left out: train, or of the run's images the run's split.")
+TEST_SOURCE = flags.DEFINE_string("test_source", "", "Images to test probes. Left out: the same source.")
+TEST_SPLIT = flags.DEFINE_string(
+    "test_split", "", "Which of them. Left out: the source's validation or test split, or else a random fifth."
+)
+NUM_TRAIN = flags.DEFINE_integer("num_train", 50_000, "At most so many images fit the probes.", lower_bound=1)
+NUM_TEST = flags.DEFINE_integer("num_test", 10_000, "At most so many images test them.", lower_bound=1)
+SIGMAS = flags.DEFINE_string("sigmas", "", "Noise levels such as 0.002,0.5,2. Left out: the smallest, 0.5 and 2.")
+BLOCKS = flags.DEFINE_string("blocks", "last", "Whose outputs are probed: last, all, or numbers from 1 such as 3,5.")
+ENCODERS = flags.DEFINE_list(
+    "weights", [], f"Which encoders: of {','.join(WEIGHTS)}. Left out: ema, and teacher if there is one of its own."
+)
+PICTURES = flags.DEFINE_integer("pictures", 8, "Images in pca.png.", lower_bound=1)
+VAE = flags.DEFINE_string(
+    "vae", None, "Autoencoder that decodes latents for pca.png. Left out: the run's setting, which may be none."
+)
+SEED = flags.DEFINE_integer("seed", 0, "Of the choice of images and of their noise.", 0, 2**31 - 1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images that a device computes at a time.", lower_bound=1)
+STEP = flags.DEFINE_integer("checkpoint_step", None, "Step of the checkpoint. Left out: the newest that is intact.")
+flags.adopt_module_key_flags(process_flags)
+
+
+def parse_sigmas(spec: str, sigma_min: float, sigma_max: float) -> list[float]:
+    """Noise levels from a list; empty: sigma_min, 0.5, 2. Raises UserError for one that the diffusion does not have."""
+    if not spec:
+        return [sigma_min, 0.5, 2.0]
+    try:
+        sigmas = [float(sigma) for sigma in spec.split(",")]
+    except ValueError as error:
+        raise UserError(f"--sigmas={spec} is not numbers such as 0.002,0.5,2") from error
+    for sigma in sigmas:
+        if not sigma_min <= sigma <= sigma_max:
+            raise UserError(f"--sigmas has {sigma:g}, but the run's noise levels are {sigma_min:g} to {sigma_max:g}")
+    return sigmas
+
+
+def parse_blocks(spec: str, depth: int) -> list[int]:
+    """Numbers of blocks from last, all or a list. Raises UserError for one that the encoder does not have."""
+    if spec in ("last", "all"):
+        return [depth] if spec == "last" else list(range(1, depth + 1))
+    try:
+        blocks = [int(block) for block in spec.split(",")]
+    except ValueError as error:
+        raise UserError(f"--blocks={spec} is not last, all or numbers such as 3,5") from error
+    for block in blocks:
+        if not 1 <= block <= depth:
+            raise UserError(f"--blocks has {block}, but the encoder's blocks are 1 to {depth}")
+    return blocks
+
+
+def main() -> None:
+    """Probes what the flags say."""
+    if not WORKDIR.value:
+        raise UserError("--workdir=RUN is needed")
+    for name in ENCODERS.value:
+        if name not in WEIGHTS:
+            raise UserError(f"--weights has {name!r}; there are {', '.join(WEIGHTS)}")
+    process_flags.start_processes()
+    workdir = Path(WORKDIR.value).expanduser()
+    # Weights are split over all devices, and gathered block by block.
+    mesh = sharding.make_mesh(Parallel(data=1, fsdp=-1))
+    config, encoders, meta = load_encoders(workdir, mesh, ENCODERS.value, STEP.value)
+    parts = make_parts(config, sharding.make_constrain(mesh))
+    sigmas = parse_sigmas(SIGMAS.value, parts.diffusion.sigma_min, parts.diffusion.sigma_max)
+    blocks = parse_blocks(BLOCKS.value, config.model.depth)
+    decode = load_decode(config.codec.autoencoder if VAE.value is None else VAE.value, meta["codec"], mesh)
+    train, test, data = load_images(
+        config,
+        meta["codec"],
+        source=SOURCE.value,
+        split=SPLIT.value,
+        test_source=TEST_SOURCE.value,
+        test_split=TEST_SPLIT.value,
+        num_train=NUM_TRAIN.value,
+        num_test=NUM_TEST.value,
+        seed=SEED.value,
+    )
+    features = Features(parts, mesh, SEED.value, BATCH_SIZE.value)
+    rows = probe(features, encoders, untrained_encoder(parts, mesh), train, test, sigmas, blocks)
+    pictured = test.keep(slice(PICTURES.value))
+    images_BHWC = as_pictures(decode(np.asarray(parts.codec.decode(parts.codec.expected(pictured.batch)))))
+    components_BHW3 = principal_rows(features, encoders, pictured, sigmas, blocks[-1], images_BHWC.shape[1])
+    if jax.process_index() != 0:
+        return
+
+    output = Path(OUTPUT.value).expanduser() if OUTPUT.value else workdir / "probe"
+    record = {
+        "workdir": WORKDIR.value,
+        "checkpoint_step": meta["step"],
+        "checkpoint_digests": {
+            path: value
+            for path, value in meta["digests"].items()
+            if path.startswith(tuple(STATE_PATHS[name] for name in encoders))
+        },
+        "label": "null",
+        "seed": SEED.value,
+        "data": data,
+        "codec": meta["codec"],
+        "latents": "means of the moments" if parts.codec.name == "latents" else None,
+        "chance": chance(train, test),
+        "knn": {"neighbours": NEIGHBOURS, "temperature": TEMPERATURE, "similarity": "cosine"},
+        "linear": {"l2_candidates": PROBE_L2, "l2_chosen_on": "the last fifth of the training images"},
+        "untrained": {"seed": config.seed},
+        "rows": rows,
+        "pca": {
+            "test_images": pictured.index_n.tolist(),
+            "block": blocks[-1],
+            "rows": ["image", *(f"{name} at sigma {sigma:g}" for sigma in sigmas for name in encoders)],
+        },
+    }
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "probe.json").write_text(json.dumps(record, indent=2))
+        save_grid(np.concatenate([images_BHWC, components_BHW3]), output / "pca.png", columns=len(images_BHWC))
+    except OSError as error:
+        raise UserError(f"--output={output} could not be written: {error}") from error
+    counts = f"{data['train']['count']:,} images of {data['train']['source']}"
+    tested = f"{data['test']['count']:,} of {data['test']['source']}"
+    print(f"step {meta['step']}; fitted on {counts}, tested on {tested}; chance {record['chance']:.1%}")
+    print(*table(rows), sep="\n")
+    log.info("%s; pca.png shows, from the top: %s", output, ", ".join(record["pca"]["rows"]))
+
+
+if __name__ == "__main__":
+    cli.run(main)

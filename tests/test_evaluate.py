@@ -1,0 +1,152 @@
+"""The command as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from inceptions import random_state_dict
+
+from sddit_jax import metrics, sharding
+from sddit_jax.data.image_sets import open_image_set
+from sddit_jax.evaluating import evaluate, open_reference, write_reference
+from sddit_jax.feature_spaces import inception_space, measure
+from sddit_jax.schema import Parallel
+
+ROOT = Path(__file__).parents[1]
+IMAGES = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1)).astype(np.uint8)
+
+# Runs each line of arguments as a command of its own would, in one process: starting takes longer than the command.
+SEVERAL = """
+import contextlib, io, json, logging, sys
+from absl import flags
+from absl.testing import flagsaver
+from sddit_jax import cli, evaluate
+for line in sys.stdin:
+    sys.argv, errors = ["evaluate", *json.loads(line)], io.StringIO()
+    logging.getLogger("sddit_jax").handlers.clear()
+    with flagsaver.flagsaver(), contextlib.redirect_stderr(errors):
+        try:
+            cli.run(evaluate.main)
+        except SystemExit as end:
+            code = end.code
+        except BaseException as error:
+            code = repr(error)
+    print(json.dumps([code, errors.getvalue()]))
+"""
+
+
+def run(folder: Path, *commands: list[str]) -> list[tuple[int, str]]:
+    """Exit code and stderr of `python -m sddit_jax.evaluate` with each list of arguments, in a folder."""
+    done = subprocess.run(
+        [sys.executable, "-c", SEVERAL],
+        input="".join(json.dumps(arguments) + "\n" for arguments in commands),
+        env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}, cwd=folder, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+
+
+def test_statistics_are_written_and_samples_compared_with_them(tmp_path):
+    np.savez(tmp_path / "samples.npz", arr_0=IMAGES, arr_1=np.arange(40))
+    np.savez(tmp_path / "images.npz", arr_0=IMAGES[::-1])
+    compare = ["--samples=samples.npz", "--features=pixels"]
+    found = run(
+        tmp_path,
+        ["--source=digits", "--features=pixels", "--write_reference=digits.npz"],
+        [*compare, "--reference=digits.npz", "--metrics=fid"],
+        ["--source=npz:images.npz", "--features=pixels", "--write_reference=own.npz"],
+        [*compare, "--reference=own.npz", "--output=own.json", "--batch_size=7"],
+        [*compare, "--reference=images.npz", "--output=images.json"],
+    )
+    assert [code for code, _ in found] == [0] * 5, found
+    assert "1797 images in digits.npz" in found[0][1]
+    record = json.loads((tmp_path / "samples.evaluation.json").read_text())
+    assert record["reference"]["record"]["source"] == "digits"
+    assert f"{record['results']['fd_pixels']:.6g}" in found[1][1]
+    assert "warning: samples: 40 images give a singular covariance of 64 features" in found[1][1]
+    for name in ("own", "images"):
+        record = json.loads((tmp_path / f"{name}.json").read_text())
+        assert record["results"]["fd_pixels"] == pytest.approx(0, abs=1e-10)
+    assert record["results"]["precision"] == record["results"]["recall"] == 1
+
+
+def test_what_is_wrong_is_explained(tmp_path):
+    np.savez(tmp_path / "good.npz", arr_0=IMAGES)
+    np.savez(tmp_path / "pickled.npz", arr_0=np.array([{}], object))
+    np.savez(tmp_path / "float.npz", arr_0=IMAGES / 255)
+    np.savez(tmp_path / "latents.npz", arr_0=np.zeros((5, 8, 8, 4), np.uint8))
+    np.savez(tmp_path / "one.npz", arr_0=IMAGES[:1])
+    np.savez(tmp_path / "small.npz", arr_0=IMAGES[:, :4, :4])
+    np.savez(tmp_path / "rgb.npz", arr_0=np.repeat(IMAGES, 3, axis=3))
+    np.savez(tmp_path / "nan.npz", mu=np.full(64, np.nan), sigma=np.eye(64))
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(64), sigma=np.eye(64))
+    np.savez(tmp_path / "sidecar.npz", arr_0=IMAGES)
+    (tmp_path / "sidecar.json").write_text("{")
+    (tmp_path / "text.npz").write_text("text")
+    (tmp_path / "weights.pth").write_text("text")
+    pixels, good = "--features=pixels", ["--samples=good.npz", "--reference=good.npz"]
+    cases = [
+        ([], "--samples"),
+        (["--samples=good.npz", pixels], "--reference"),
+        ([*good, "--source=digits", pixels], "--source"),
+        (["--samples=absent.npz", "--reference=good.npz", pixels], "absent.npz does not exist"),
+        (["--samples=good.npz", "--reference=absent.npz", pixels], "absent.npz is not a file"),
+        (["--samples=pickled.npz", "--reference=good.npz", pixels], "pickled objects"),
+        (["--samples=good.npz", "--reference=pickled.npz", pixels], "pickled objects"),
+        (["--samples=float.npz", "--reference=good.npz", pixels], "arr_0 is float64"),
+        (["--samples=latents.npz", "--reference=good.npz", pixels], "[5, 8, 8, 4]"),
+        (["--samples=text.npz", "--reference=good.npz", pixels], "not an intact npz file"),
+        (["--samples=nan.npz", "--reference=good.npz", pixels], "nan.npz: mu has 64 values that are not finite"),
+        (["--samples=one.npz", "--reference=good.npz", pixels], "1 images have no covariance"),
+        (["--samples=small.npz", "--reference=good.npz", pixels], "the samples are 4x4"),
+        (["--samples=rgb.npz", "--reference=good.npz", pixels], "64 features, but the samples have 192"),
+        (["--samples=sidecar.npz", "--reference=good.npz", pixels], "sidecar.json cannot be read"),
+        (["--samples=good.npz", "--reference=statistics.npz", pixels], "features of name inception"),
+        ([*good, pixels, "--metrics=fid,fvd"], "fvd"),
+        ([*good, pixels, "--metrics=sfid"], "sfid cannot be computed"),
+        ([*good, pixels, "--output=no/such/folder/x.json"], "could not be written"),
+        ([*good, "--features=clip"], "clip"),
+        (good, "pt_inception"),
+        ([*good, "--inception=absent.pth"], "absent.pth"),
+        ([*good, "--inception=weights.pth"], "weights.pth"),
+        (["--source=folder:absent", "--write_reference=x.npz", pixels], "--resolution"),
+        (["--source=folder:absent", "--write_reference=x.npz", pixels, "--resolution=8"], "absent"),
+        (["--source=digits", "--write_reference=x.npz", pixels, "--resolution=16"], "image_size=16"),
+        (["--source=latents:absent", "--write_reference=x.npz", pixels, "--resolution=8"], "not images"),
+        (["--source=npz:good.npz", "--write_reference=x.npz", pixels, "--resolution=9"], "--resolution=9"),
+        (["--source=digits", "--write_reference=no/such/x.npz", pixels], "could not be written"),
+    ]
+    for (arguments, words), (code, errors) in zip(cases, run(tmp_path, *(case[0] for case in cases)), strict=True):
+        assert code == 2, (arguments, code, errors)
+        message = next(line for line in errors.splitlines() if line.startswith("error: "))
+        assert words in message, arguments
+
+
+@pytest.mark.slow
+def test_with_inception_from_a_file(tmp_path):
+    """The whole chain with random weights: written statistics, samples, and the same by the formulas."""
+    import torch
+
+    torch.save(random_state_dict(), tmp_path / "inception.pth")
+    mesh = sharding.make_mesh(Parallel())
+    space = inception_space(str(tmp_path / "inception.pth"), mesh, 8)
+    rng = np.random.default_rng(0)
+    real, fake = (rng.integers(0, high, (12, 16, 16, 3)).astype(np.uint8) for high in (256, 128))
+    np.savez(tmp_path / "real.npz", arr_0=real)
+    assert write_reference(tmp_path / "reference.npz", space, open_image_set(tmp_path / "real.npz"), {}, 8) == 12
+    with np.load(tmp_path / "reference.npz") as file:
+        np.savez(tmp_path / "adm.npz", arr_0=real, **{key: file[key] for key in ("mu", "sigma", "mu_s", "sigma_s")})
+    samples = measure(space, iter([fake[:8], fake[8:]]), keep=True)
+    assert samples.pool_ND.shape == (12, 2048)
+    assert space.record["published_weights"] is False
+    adm = open_reference(tmp_path / "adm.npz", space, ("pr", "kid"), 8)
+    np.testing.assert_allclose(adm.pool.covariance_DD, np.cov(adm.images.pool_ND.T.astype(np.float64)), rtol=1e-6)
+    found = evaluate(samples, adm, space).results
+    assert found["inception_score"] == metrics.inception_score(samples.logits_NK)[0]
+    assert set(found) == {
+        "fid", "sfid", "inception_score", "inception_score_std", "precision", "recall", "kid", "kid_std",
+    }  # fmt: skip
