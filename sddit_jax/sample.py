@@ -39,7 +39,9 @@ FIRST = flags.DEFINE_integer("first", 0, "Index of the first image: several jobs
 FORMAT = flags.DEFINE_enum("format", "npz", ["npz", "png"], "One file for an evaluator, or a folder of pictures.")
 STRIP = flags.DEFINE_bool("strip", False, "Also strip.png: four images, denoised, at up to ten of the noise levels.")
 CLASS_GRID = flags.DEFINE_bool(
-    "class_grid", False, "Also classes.png: a row for each of --labels or of ten classes, the same noise in a column."
+    "class_grid",
+    False,
+    "Also class_grid.png: a row for each of --labels or of ten classes, the same noise in a column.",
 )
 LABELS = flags.DEFINE_string("labels", "balanced", "balanced, random, or class labels such as 3,1,4 that are repeated.")
 # Each stands for a key of the run's config.sampling.
@@ -128,7 +130,7 @@ def main() -> None:
     if STRIP.value:
         draw_strip(model, indices.start, output / "strip.png", record)
     if CLASS_GRID.value:
-        draw_class_grid(model, classes, indices.start, output / "classes.png", record)
+        draw_class_grid(model, classes, indices.start, output / "class_grid.png", record)
 
 
 def _classes(num_classes: int) -> np.ndarray:
