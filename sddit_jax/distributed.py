@@ -128,6 +128,26 @@ def stop_requests() -> Iterator[Callable[[int], str]]:
         signal.signal(signal.SIGINT, previous)
 
 
+def decided_by_primary(decide: Callable[[], Any]) -> Any:
+    """What decide() returns on process 0, a JSON value, for all processes; the UserError that it raises there, too."""
+    answer = {}
+    if jax.process_index() == 0:
+        try:
+            answer = {"value": decide()}
+        except UserError as error:
+            if jax.process_count() == 1:
+                raise
+            answer = {"error": str(error)}
+    if jax.process_count() > 1:
+        content = np.frombuffer(json.dumps(answer).encode(), np.uint8)
+        size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+        content = content if jax.process_index() == 0 else np.zeros(size, np.uint8)
+        answer = json.loads(multihost_utils.broadcast_one_to_all(content).tobytes())
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer["value"]
+
+
 def leave(exit_code: int) -> None:
     """Ends this process after an error if it is one of several; returns if it is alone.
 

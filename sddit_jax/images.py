@@ -1,8 +1,10 @@
 """Pictures of images."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 
 def grid(images_BHWC: np.ndarray, columns: int | None = None, scale: int = 1, gap: int = 1) -> np.ndarray:
@@ -16,6 +18,28 @@ def grid(images_BHWC: np.ndarray, columns: int | None = None, scale: int = 1, ga
     for i, image in enumerate(large):
         y, x = gap + (i // columns) * cell_h, gap + (i % columns) * cell_w
         canvas[y : y + height * scale, x : x + width * scale] = image
+    return canvas
+
+
+def labelled_grid(
+    images_RCHWC: np.ndarray, rows: Sequence[str], columns: Sequence[str], corner: str = "", scale: int = 1
+) -> np.ndarray:
+    """A `grid` of rows and columns with their names to the left and above, white on black: uint8 [H', W', C]."""
+    height, width, channels = images_RCHWC.shape[2:]
+    cells = grid(images_RCHWC.reshape(-1, height, width, channels), len(columns), scale)
+    draw = ImageDraw.Draw(Image.new("L", (1, 1)))
+    margin, line = 4, 12
+    left = math.ceil(max(draw.textlength(name) for name in (*rows, corner))) + 2 * margin
+    top = line + 2 * margin
+    words = Image.new("L", (left + cells.shape[1], top + cells.shape[0]))
+    draw = ImageDraw.Draw(words)
+    draw.text((left - margin, top / 2), corner, 255, anchor="rm")
+    for number, name in enumerate(columns):
+        draw.text((left + 1 + (number + 0.5) * (width * scale + 1), top / 2), name, 255, anchor="mm")
+    for number, name in enumerate(rows):
+        draw.text((left - margin, top + 1 + (number + 0.5) * (height * scale + 1)), name, 255, anchor="rm")
+    canvas = np.repeat(np.asarray(words)[..., None], channels, axis=-1)
+    canvas[top:, left:] = cells
     return canvas
 
 

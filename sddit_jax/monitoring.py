@@ -48,13 +48,13 @@ class Monitor:
         self, parts: Parts, codec: dict[str, Any], decode: Decode, mesh: Mesh, workdir: Path, start: int
     ) -> None:
         config = parts.config
-        self._eval, self._seed, self._decode = config.eval, config.seed, decode
+        self._eval, self._seed = config.eval, config.seed
         self._label_N = balanced_labels(config.eval.num_samples, config.model.num_classes)
         self._space = open_space(config.eval.features, config.eval.inception, mesh, _BATCH_SIZE)
         self._reference = open_reference(config.eval.reference, self._space, ("fid",), _BATCH_SIZE)
         self.name = f"eval/{distance_name(self._space)}"
         sample = make_sample(parts.network, parts.diffusion, parts.codec, config.sampling)
-        self._generate = make_generate(sample, mesh, min(config.batch_size, config.eval.num_samples))
+        self._generate = make_generate(sample, mesh, min(config.batch_size, config.eval.num_samples), decode)
         self._check_images(codec.get("factor") or 1, parts)
 
         sampling = {k: v for k, v in dataclasses.asdict(config.sampling).items() if k not in ("every", "grid")}
@@ -83,9 +83,8 @@ class Monitor:
         # What training still computes is not the time of this.
         jax.block_until_ready(ema)
         began = time.monotonic()
-        images = self._generate(ema, self._seed, self._label_N)
-        sampled = time.monotonic()
-        measured = measure(self._space, self._batches(images), keep=False)
+        sampling_seconds: list[float] = []
+        measured = measure(self._space, self._batches(ema, sampling_seconds), keep=False)
         distance = frechet_distance(*measured.moments.finalise(), *self._reference.pool)
         if not self._distances:
             for words in few_images_warnings(measured.moments, self._reference):
@@ -99,13 +98,23 @@ class Monitor:
         ended = time.monotonic()
         log.info(
             "step %d: %s %.6g of %d samples (%.1f s, of which %.1f s sampling); best: step %d",
-            step, self.name, distance, len(images), ended - began, sampled - began, self.best,
+            step, self.name, distance, len(self._label_N), ended - began, sum(sampling_seconds), self.best,
         )  # fmt: skip
-        return {self.name: distance, "perf/eval_seconds": ended - began, "perf/eval_sampling_seconds": sampled - began}
+        return {
+            self.name: distance,
+            "perf/eval_seconds": ended - began,
+            "perf/eval_sampling_seconds": sum(sampling_seconds),
+        }
 
-    def _batches(self, images: np.ndarray) -> Iterator[np.ndarray]:
-        for start in range(0, len(images), _BATCH_SIZE):
-            yield self._decode(images[start : start + _BATCH_SIZE])
+    def _batches(self, ema: Any, seconds: list[float]) -> Iterator[np.ndarray]:
+        """The samples, and how long each batch of them took."""
+        index_N = np.arange(len(self._label_N))
+        for start in range(0, len(index_N), _BATCH_SIZE):
+            began = time.monotonic()
+            part = slice(start, start + _BATCH_SIZE)
+            images_BHWC = self._generate(ema, self._seed, self._label_N[part], index_N[part])
+            seconds.append(time.monotonic() - began)
+            yield images_BHWC
 
     def _check_images(self, factor: int, parts: Parts) -> None:
         m = parts.config.model

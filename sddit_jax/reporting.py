@@ -7,13 +7,14 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tqdm
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from sddit_jax import images
 from sddit_jax.errors import UserError
@@ -181,8 +182,30 @@ def save_grid(images_BHWC: np.ndarray, path: Path, columns: int | None = None) -
 
     columns: images in a row; None: about as many as rows.
     """
+    images_BHWC = _in_colours(images_BHWC)
+    _save(images.grid(images_BHWC, columns, scale=_scale(images_BHWC)), path)
+
+
+def save_labelled_grid(
+    images_RCHWC: np.ndarray, rows: Sequence[str], columns: Sequence[str], corner: str, path: Path, record: str
+) -> None:
+    """As `save_grid`, rows and columns with their names; `record` goes into the PNG, as its text "record"."""
+    shape = images_RCHWC.shape[:2]
+    images_BHWC = _in_colours(images_RCHWC.reshape(-1, *images_RCHWC.shape[2:]))
+    images_RCHWC = images_BHWC.reshape(*shape, *images_BHWC.shape[1:])
+    text = PngInfo()
+    text.add_text("record", record)
+    _save(images.labelled_grid(images_RCHWC, rows, columns, corner, _scale(images_BHWC)), path, pnginfo=text)
+
+
+def _in_colours(images_BHWC: np.ndarray) -> np.ndarray:
+    return images_BHWC if images_BHWC.dtype == np.uint8 else images.false_colours(images_BHWC)
+
+
+def _scale(images_BHWC: np.ndarray) -> int:
+    return max(1, 64 // images_BHWC.shape[1])
+
+
+def _save(canvas_HWC: np.ndarray, path: Path, **options: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if images_BHWC.dtype != np.uint8:
-        images_BHWC = images.false_colours(images_BHWC)
-    canvas = images.grid(images_BHWC, columns, scale=max(1, 64 // images_BHWC.shape[1]))
-    Image.fromarray(canvas.squeeze(-1) if canvas.shape[-1] == 1 else canvas).save(path)
+    Image.fromarray(canvas_HWC.squeeze(-1) if canvas_HWC.shape[-1] == 1 else canvas_HWC).save(path, **options)

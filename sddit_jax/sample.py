@@ -1,14 +1,19 @@
 """Draws samples: python -m sddit_jax.sample --workdir=RUN --output=DIR --num_samples=N.
 
-Writes DIR/samples.npz (`arr_0` uint8 NHWC, `arr_1` int32 labels), DIR/samples.json (how they were made), DIR/grid.png.
-Of a model of latents --vae decodes them; without it these are latents.npz (float32, as an autoencoder's decoder takes
-them), latents.json, and a grid in false colours.
+Writes DIR/samples.npz (`arr_0` uint8 NHWC, `arr_1` int32 labels), DIR/samples.json (how they were made), DIR/grid.png;
+with --format=png DIR/images/INDEX.png and DIR/labels.txt instead of the npz. Of a model of latents --vae decodes them;
+without it these are latents.npz (float32, as an autoencoder's decoder takes them), latents.json, and a grid in false
+colours. --strip and --class_grid write pictures, with --num_samples=0 these alone.
+
+Image i is a function of --seed, i and its label: up to rounding, or bit for bit on the same devices with the same
+--batch_size. So --first=I --num_samples=N draws images I to I + N - 1 of a larger set. The same command goes on after
+an interruption, and ends with the same bytes.
 """
 
 import dataclasses
-import json
 import logging
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +23,12 @@ from absl import flags
 
 from sddit_jax import cli, process_flags, sharding
 from sddit_jax.config import resolve
+from sddit_jax.data.sample_files import SampleFolder
+from sddit_jax.drawing import Model, draw_class_grid, draw_samples, draw_strip
 from sddit_jax.errors import UserError
-from sddit_jax.reporting import save_grid
 from sddit_jax.runs import open_checkpoints, restore_guide
-from sddit_jax.sampling.sampler import balanced_labels, make_generate, make_sample, schedule
+from sddit_jax.sampling.labels import labels_of
+from sddit_jax.sampling.sampler import make_sample, schedule
 from sddit_jax.schema import Parallel, Sampling
 from sddit_jax.state import make_parts
 from sddit_jax.weights.decoding import load_decode
@@ -30,7 +37,15 @@ log = logging.getLogger("sddit_jax")
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run whose EMA weights are used.")
 OUTPUT = flags.DEFINE_string("output", None, "Folder to write to; it is made.")
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", 100, "How many images.", lower_bound=1)
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 100, "How many images.", lower_bound=0)
+FIRST = flags.DEFINE_integer("first", 0, "Index of the first image: several jobs can share the work.", lower_bound=0)
+FORMAT = flags.DEFINE_enum("format", "npz", ["npz", "png"], "One file for an evaluator, or a folder of pictures.")
+STRIP = flags.DEFINE_bool("strip", False, "Also strip.png: four images, denoised, at up to ten of the noise levels.")
+CLASS_GRID = flags.DEFINE_bool(
+    "class_grid",
+    False,
+    "Also class_grid.png: a row for each of --labels or of ten classes, the same noise in a column.",
+)
 LABELS = flags.DEFINE_string("labels", "balanced", "balanced, random, or class labels such as 3,1,4 that are repeated.")
 # Each stands for a key of the run's config.sampling.
 DEFINE = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
@@ -47,27 +62,14 @@ VAE = flags.DEFINE_string(
     "vae", None, "Autoencoder that decodes latents. Left out: the run's setting, which may be none."
 )
 SEED = flags.DEFINE_integer("seed", 0, "Image i is a function of seed, i and its label.", 0, 2**31 - 1)
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images computed at a time.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size",
+    64,
+    "Images computed at a time, over all devices; part of a batch takes as long as all.",
+    lower_bound=1,
+)
 STEP = flags.DEFINE_integer("checkpoint_step", None, "Step of the checkpoint. Left out: the newest that is intact.")
 flags.adopt_module_key_flags(process_flags)
-
-
-def parse_labels(spec: str, count: int, num_classes: int, seed: int) -> np.ndarray:
-    """int32 [count] from balanced, random or a list. Raises UserError for a label that the model does not have."""
-    if spec == "balanced":
-        return balanced_labels(count, num_classes)
-    if spec == "random":
-        return np.random.default_rng(seed).integers(max(num_classes, 1), size=count, dtype=np.int32)
-    try:
-        labels = [int(label) for label in spec.split(",")]
-    except ValueError as error:
-        raise UserError(f"--labels={spec} is not balanced, random or numbers such as 3,1,4") from error
-    if not num_classes:
-        raise UserError(f"--labels={spec}, but the model was trained without labels")
-    for label in labels:
-        if not 0 <= label < num_classes:
-            raise UserError(f"--labels has {label}, but the model's classes are 0 to {num_classes - 1}")
-    return np.resize(np.array(labels, np.int32), count)
 
 
 def settings() -> dict[str, Any]:
@@ -85,11 +87,11 @@ def main() -> None:
     """Draws what the flags say."""
     if not WORKDIR.value or not OUTPUT.value:
         raise UserError("--workdir=RUN and --output=DIR are needed")
+    if not (NUM_SAMPLES.value or STRIP.value or CLASS_GRID.value):
+        raise UserError("--num_samples=0 is for --strip and --class_grid")
     process_flags.start_processes()
     ema, meta = open_checkpoints(Path(WORKDIR.value).expanduser()).restore_ema(step=STEP.value)
     config = resolve({**meta["config"], "sampling": {**meta["config"]["sampling"], **settings()}}, bool(GUIDE.value))
-    label_N = parse_labels(LABELS.value, NUM_SAMPLES.value, config.model.num_classes, SEED.value)
-
     parts = make_parts(config)
     params, guide, guide_record = ema["default"], None, None
     if GUIDE.value:
@@ -98,22 +100,29 @@ def main() -> None:
         workdir = Path(GUIDE.value).expanduser()
         guide, weaker, guide_meta = restore_guide(workdir, config, meta["codec"], GUIDE_STEP.value)
         params, guide_record = (params, weaker), _origin(GUIDE.value, guide_meta)
-    sample = make_sample(parts.network, parts.diffusion, parts.codec, config.sampling, guide)
     mesh = sharding.make_mesh(Parallel())
-    generate = make_generate(sample, mesh, min(BATCH_SIZE.value, NUM_SAMPLES.value))
+    batch_size = BATCH_SIZE.value + -BATCH_SIZE.value % mesh.size
+    indices = range(FIRST.value, FIRST.value + NUM_SAMPLES.value)
+    if indices.stop + batch_size > 2**31:
+        raise UserError(f"--first={FIRST.value} --num_samples={NUM_SAMPLES.value}: indices end at {2**31 - batch_size}")
     autoencoder = config.codec.autoencoder if VAE.value is None else VAE.value
     decode = load_decode(autoencoder, meta["codec"], mesh)
-    images_NHWC = decode(generate(jax.device_put(params, sharding.replicated(mesh)), SEED.value, label_N))
-    if jax.process_index() != 0:
-        return
-
-    output = Path(OUTPUT.value).expanduser()
+    model = Model(
+        lambda levels=None: make_sample(parts.network, parts.diffusion, parts.codec, config.sampling, guide, levels),
+        schedule(parts.diffusion, config.sampling),
+        decode,
+        mesh,
+        jax.device_put(params, sharding.replicated(mesh)),
+        SEED.value,
+        lambda indices: labels_of(LABELS.value, indices, config.model.num_classes, SEED.value),
+    )
     churn = {key: getattr(config.sampling, key) for key in ("s_churn", "s_min", "s_max", "s_noise")}
     record = {
         **_origin(WORKDIR.value, meta),
         "seed": SEED.value,
-        "first_index": 0,
-        "count": len(label_N),
+        "first_index": indices.start,
+        "count": len(indices),
+        "batch_size": batch_size,
         "labels": LABELS.value,
         "sampler": {
             "name": config.sampling.solver,
@@ -121,23 +130,44 @@ def main() -> None:
             "rho": config.sampling.rho,
             "guidance_channels": config.sampling.guidance_channels,
         },
-        "noise_levels": schedule(parts.diffusion, config.sampling).tolist(),
+        "noise_levels": model.noise_levels.tolist(),
         "churn": churn if config.sampling.solver == "stochastic" else None,
         "guidance": config.sampling.guidance,
         "guidance_interval": config.sampling.guidance_interval,
         "guide": guide_record,
+        "dtype": config.model.dtype,
         "codec": meta["codec"],
         "autoencoder": autoencoder,
+        "autoencoder_weights": decode.weights,
+        "format": FORMAT.value,
     }
-    name = "samples" if images_NHWC.dtype == np.uint8 else "latents"
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        np.savez(output / f"{name}.npz", arr_0=images_NHWC, arr_1=label_N)
-        (output / f"{name}.json").write_text(json.dumps(record, indent=2))
-        save_grid(images_NHWC[:100], output / "grid.png")
-    except OSError as error:
-        raise UserError(f"--output={output} could not be written: {error}") from error
-    log.info("%d images of step %d in %s", len(label_N), meta["step"], output)
+    kind = "latents" if meta["codec"]["name"] == "latents" and not autoencoder else "samples"
+    if FORMAT.value == "png" and kind == "latents":
+        raise UserError("--format=png is for images, but these are latents: --vae decodes them")
+    classes = _classes(config.model.num_classes) if CLASS_GRID.value else None
+    output = Path(OUTPUT.value).expanduser()
+    if indices:
+        folder = SampleFolder(output, record, _environment(), indices, batch_size, kind=kind, png=FORMAT.value == "png")
+        draw_samples(model, folder)
+        log.info("%d images of step %d in %s", len(indices), meta["step"], output)
+    if STRIP.value:
+        draw_strip(model, indices.start, output / "strip.png", record)
+    if CLASS_GRID.value:
+        draw_class_grid(model, classes, indices.start, output / "class_grid.png", record)
+
+
+def _classes(num_classes: int) -> np.ndarray:
+    """The rows of the class grid."""
+    if not num_classes:
+        raise UserError("--class_grid, but the model was trained without labels")
+    if LABELS.value in ("balanced", "random"):
+        return np.linspace(0, num_classes - 1, min(num_classes, 10)).round().astype(np.int32)
+    return labels_of(LABELS.value, range(LABELS.value.count(",") + 1), num_classes, SEED.value)
+
+
+def _environment() -> str:
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    return f"sddit-jax {version('sddit-jax')}, jax {jax.__version__}, {devices}"
 
 
 def _origin(workdir: str, meta: Mapping[str, Any]) -> dict[str, Any]:

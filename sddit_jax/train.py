@@ -112,8 +112,8 @@ class _Run:
         self.source, self.checkpointer, self.metrics_log = source, checkpointer, metrics_log
         self.meta = {"config": config_lib.to_dict(config), "codec": codec}
         sample = make_sample(parts.network, parts.diffusion, parts.codec, config.sampling)
-        self.generate = make_generate(sample, mesh, config.sampling.grid)
-        self.decode, self.monitor = decode, monitor
+        self.generate = make_generate(sample, mesh, config.sampling.grid, decode)
+        self.monitor = monitor
         if monitor:
             checkpointer.pin(monitor.best)
         self.diagnose = None
@@ -221,7 +221,7 @@ class _Run:
     def _sample_grid(self, state: State, step: int) -> Path:
         """The same noise and labels each time, so that one sees the same images improve."""
         labels = balanced_labels(self.config.sampling.grid, self.config.model.num_classes)
-        pictures = self.decode(self.generate(state["ema"]["default"], self.config.seed, labels))
+        pictures = self.generate(state["ema"]["default"], self.config.seed, labels)
         path = self.workdir / "samples" / f"{step}.png"
         if jax.process_index() == 0:
             save_grid(pictures, path)

@@ -372,16 +372,39 @@ def test_a_mistake_is_told_once_by_each_process(tmp_path, change, message):
 
 
 def test_samples_of_two_processes_are_those_of_one(alone, tmp_path):
-    arguments = [f"--workdir={alone}", "--num_samples=10", "--steps=4", "--guidance=1.5"]
+    arguments = [f"--workdir={alone}", "--num_samples=20", "--batch_size=8", "--steps=4", "--guidance=1.5"]
     sample = [sys.executable, "-m", "sddit_jax.sample", *arguments]
-    done = two(*sample, f"--output={tmp_path}/two")
+    done = two(*sample, f"--output={tmp_path}/two", "--class_grid")
     assert done.returncode == 0, done.stdout
     done = one(*sample, f"--output={tmp_path}/one")
     assert done.returncode == 0, done.stderr
     a, b = (np.load(tmp_path / name / "samples.npz", allow_pickle=False) for name in ("two", "one"))
     np.testing.assert_array_equal(a["arr_1"], b["arr_1"])
-    assert a["arr_0"].shape == (10, 8, 8, 1)
+    assert a["arr_0"].shape == (20, 8, 8, 1)
     assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 2
+    names = ["class_grid.png", "grid.png", "samples.json", "samples.npz"]
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == names
+
+
+@pytest.mark.slow
+def test_sampling_of_two_processes_goes_on_in_one_and_refuses_as_one(alone, tmp_path):
+    arguments = [f"--workdir={alone}", f"--output={tmp_path}/out", "--num_samples=4000", "--batch_size=8", "--steps=2"]
+    sample = [sys.executable, "-m", "sddit_jax.sample", *arguments]
+    processes = start_two(*sample)
+    wait_until(lambda: len(list(tmp_path.glob("out/parts/*.npy"))) > 2, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    said = ended(processes, 120)
+    assert [process.returncode for process in processes] == [75, 75], said
+    counts = {
+        re.search(r"error: SIGTERM: (\d+) of 4000 images are in .*; the same command goes on", s)[1] for s in said
+    }
+    assert counts == {str(8 * len(list(tmp_path.glob("out/parts/*.npy"))))}
+    done = two(*sample, "--seed=1")
+    assert done.returncode == 2
+    assert done.stdout.count("holds other samples: seed 0 instead of 1; use another --output") == 2
+    done = one(*sample)
+    assert done.returncode == 0, done.stderr
+    assert len(np.load(tmp_path / "out" / "samples.npz")["arr_0"]) == 4000
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 import numpy as np
+import pytest
 
-from sddit_jax.images import as_pictures, grid, principal_pictures
+from sddit_jax.images import as_pictures, grid, labelled_grid, principal_pictures
 
 
 def test_grid_by_hand():
@@ -19,6 +20,20 @@ def test_grid_keeps_pixels_and_channels():
     np.testing.assert_array_equal(canvas[2:6, 10:16], images[1])
     np.testing.assert_array_equal(canvas[8:12, 2:8], images[3])
     assert canvas.sum() == images.sum()
+
+
+def test_a_labelled_grid_is_the_grid_beside_its_names():
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 16, 16, 3), np.uint8)
+    canvas = labelled_grid(images, ["a", "long name"], ["0.5", "1", "2"], "sigma", scale=2)
+    cells = grid(images.reshape(6, 16, 16, 3), columns=3, scale=2)
+    top, left = np.array(canvas.shape[:2]) - cells.shape[:2]
+    np.testing.assert_array_equal(canvas[top:, left:], cells)
+    for columns in np.split(canvas[:top, left + 1 :], 3, axis=1):
+        assert columns.max() == 255
+    for rows in np.split(canvas[top + 1 :, :left], 2):
+        assert rows.max() == 255
+    assert canvas[:top, :left].max() == 255
+    assert (canvas[0], canvas[:, 0]) == (pytest.approx(0), pytest.approx(0))
 
 
 def components(seed=0, images=5, side=4, width=12):

@@ -14,9 +14,12 @@ from sddit_jax.codec import Codec
 from sddit_jax.diffusion import Diffusion
 from sddit_jax.models.transformer import Network
 from sddit_jax.sampling import solvers
+from sddit_jax.sampling.decoding import AS_IT_IS, Decode
 from sddit_jax.sampling.guidance import make_denoise, make_guided, make_output
 
 Sample = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
+Draw = Callable[[Any, int, np.ndarray, np.ndarray], jax.Array]
+Generate = Callable[..., np.ndarray]
 
 
 def schedule(diffusion: Diffusion, sampling: schema.Sampling) -> np.ndarray:
@@ -28,15 +31,24 @@ def schedule(diffusion: Diffusion, sampling: schema.Sampling) -> np.ndarray:
 
 
 def make_sample(
-    network: Network, diffusion: Diffusion, codec: Codec, sampling: schema.Sampling, guide: Network | None = None
+    network: Network,
+    diffusion: Diffusion,
+    codec: Codec,
+    sampling: schema.Sampling,
+    guide: Network | None = None,
+    levels: int | None = None,
 ) -> Sample:
     """A pure sample(params, seed, index_B, label_B) -> decoded [B, H, W, C]; seed, indices and labels are integers.
 
-    With a `guide`, which takes the place of the null label, params are a pair: the network's and the guide's.
+    With a `guide`, which takes the place of the null label, params are a pair: the network's and the guide's. Every
+    solver ends on the denoised image at the last noise level. So with `levels`, the first of the noise levels that are
+    gone through, this is what the solver sees at the last of them.
     """
     m, solver = network.model, sampling.solver
     shape = (m.image_size, m.image_size, m.channels)
     sigmas = schedule(diffusion, sampling)
+    if levels is not None:
+        sigmas = np.append(sigmas[:levels], np.float32(0))
     # A variance-preserving diffusion starts from unit variance in all, the image included.
     noise_scale = (1 + 1 / sigmas[0] ** 2) ** 0.5 if solver in ("ddim", "ddpm") else 1.0
 
@@ -72,23 +84,42 @@ def balanced_labels(count: int, num_classes: int) -> np.ndarray:
     return (np.arange(count) % max(num_classes, 1)).astype(np.int32)
 
 
-def make_generate(sample: Sample, mesh: Mesh, batch_size: int) -> Callable[[Any, int, np.ndarray], np.ndarray]:
-    """generate(params, seed, labels) -> decoded images [len(labels), H, W, C] on every host, compiled once.
+def make_draw(sample: Sample, mesh: Mesh, decode: Decode) -> Draw:
+    """draw(params, seed, index_B, label_B) -> images [B, H, W, C] on the devices, compiled once for each B.
 
-    Works through the labels in batches of `batch_size` rounded up to the devices, so that neither changes an image
-    beyond rounding.
+    B is divisible by the number of devices.
     """
     rows = NamedSharding(mesh, P(mesh.axis_names))
-    batch_size += -batch_size % mesh.size
     jitted = jax.jit(sample, out_shardings=rows)
 
-    def generate(params: Any, seed: int, label_N: np.ndarray) -> np.ndarray:
+    def draw(params: Any, seed: int, index_B: np.ndarray, label_B: np.ndarray) -> jax.Array:
+        integers = (x.astype(np.int32) for x in (index_B, label_B))
+        index_B, label_B = (jax.make_array_from_callback(x.shape, rows, x.__getitem__) for x in integers)
+        return decode(jitted(params, seed, index_B, label_B))
+
+    return draw
+
+
+def gather(images_BHWC: jax.Array) -> np.ndarray:
+    """All rows of what was drawn, on every host."""
+    return multihost_utils.process_allgather(images_BHWC, tiled=True)
+
+
+def make_generate(sample: Sample, mesh: Mesh, batch_size: int, decode: Decode = AS_IT_IS) -> Generate:
+    """generate(params, seed, label_N, index_N=0, 1, ...) -> images [N, H, W, C] on every host, compiled once.
+
+    Works through them in batches of `batch_size` rounded up to the devices, so that neither changes an image beyond
+    rounding.
+    """
+    draw = make_draw(sample, mesh, decode)
+    batch_size += -batch_size % mesh.size
+
+    def generate(params: Any, seed: int, label_N: np.ndarray, index_N: np.ndarray | None = None) -> np.ndarray:
+        index_N = np.arange(len(label_N)) if index_N is None else index_N
         images = []
         for start in range(0, len(label_N), batch_size):
-            index_B = np.arange(start, start + batch_size, dtype=np.int32)
-            label_B = np.resize(label_N[start : start + batch_size], batch_size)
-            index_B, label_B = (jax.make_array_from_callback(x.shape, rows, x.__getitem__) for x in (index_B, label_B))
-            images.append(multihost_utils.process_allgather(jitted(params, seed, index_B, label_B), tiled=True))
+            index_B, label_B = (np.resize(x[start : start + batch_size], batch_size) for x in (index_N, label_N))
+            images.append(gather(draw(params, seed, index_B, label_B)))
         return np.concatenate(images)[: len(label_N)]
 
     return generate

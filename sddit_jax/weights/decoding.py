@@ -9,7 +9,7 @@ from sddit_jax.codec import LatentCodec
 from sddit_jax.errors import WeightsError
 from sddit_jax.models.autoencoder import Autoencoder
 from sddit_jax.models.tiny_autoencoder import TinyAutoencoder
-from sddit_jax.sampling.decoding import Decode, make_decode
+from sddit_jax.sampling.decoding import AS_IT_IS, Decode, make_decode
 from sddit_jax.weights.autoencoder import is_tiny, load_autoencoder, load_tiny_autoencoder
 from sddit_jax.weights.files import weights_hash
 
@@ -22,7 +22,7 @@ def load_decode(autoencoder: str, codec: Mapping[str, Any], mesh: jax.sharding.M
     not the one of the data.
     """
     if not autoencoder:
-        return lambda images_NHWC: images_NHWC
+        return AS_IT_IS
     if codec["name"] != "latents":
         raise WeightsError(f"autoencoder {autoencoder}: the network learnt {codec['name']}, which need none")
     tiny = is_tiny(autoencoder)
@@ -34,10 +34,12 @@ def load_decode(autoencoder: str, codec: Mapping[str, Any], mesh: jax.sharding.M
     if tiny:
         # It was distilled to decode what diffusion sees, not what the encoder gives.
         model, own = TinyAutoencoder(config), LatentCodec(tuple(codec["mean"]), tuple(codec["scale"]))
-        return make_decode(lambda params, x_BHWC: model.decode(params, own.normalise(x_BHWC)), params, mesh)
+        return make_decode(
+            lambda params, x_BHWC: model.decode(params, own.normalise(x_BHWC)), params, mesh, weights_hash(params)
+        )
     found = weights_hash(params["encoder"])
     if codec.get("weights", found) != found:
         raise WeightsError(
             f"{autoencoder} has an encoder of the weights {found}, but the latents were made with {codec['weights']}"
         )
-    return make_decode(Autoencoder(config).decode, params, mesh)
+    return make_decode(Autoencoder(config).decode, params, mesh, weights_hash(params["decoder"]))
