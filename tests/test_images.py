@@ -1,5 +1,4 @@
 import numpy as np
-import pytest
 
 from sddit_jax.images import as_pictures, grid, labelled_grid, principal_pictures
 
@@ -29,11 +28,12 @@ def test_a_labelled_grid_is_the_grid_beside_its_names():
     top, left = np.array(canvas.shape[:2]) - cells.shape[:2]
     np.testing.assert_array_equal(canvas[top:, left:], cells)
     for columns in np.split(canvas[:top, left + 1 :], 3, axis=1):
-        assert columns.max() == 255
+        assert columns.max() > 150
     for rows in np.split(canvas[top + 1 :, :left], 2):
-        assert rows.max() == 255
-    assert canvas[:top, :left].max() == 255
-    assert (canvas[0], canvas[:, 0]) == (pytest.approx(0), pytest.approx(0))
+        assert rows.max() > 150
+    assert canvas[:top, :left].max() > 150
+    assert not canvas[0].any()
+    assert not canvas[:, 0].any()
 
 
 def components(seed=0, images=5, side=4, width=12):

@@ -83,7 +83,7 @@ def make_model(
         mesh,
         jax.device_put(random_params(parts.network.init), replicated(mesh)),
         3,
-        lambda indices: labels_of(labels, indices, parts.network.model.num_classes, 3),
+        lambda indices: labels_of("random", indices, parts.network.model.num_classes, 3),
     )
 
 
@@ -136,7 +136,7 @@ class TestDrawing:
             joined = np.concatenate([part[name] for part in parts])
             np.testing.assert_array_equal(joined, np.load(whole / "samples.npz")[name])
 
-    @pytest.mark.parametrize(("devices", "batch_size"), [(1, 1), (1, 20), (2, 6), (8, 8)])
+    @pytest.mark.parametrize(("devices", "batch_size"), [(1, 1), (2, 6), (8, 8)])
     def test_devices_and_batch_sizes_change_two_levels_at_most(self, whole, tmp_path, devices, batch_size):
         draw_samples(make_model(devices), folder_of(tmp_path, batch_size=batch_size))
         assert np.abs(images_of(tmp_path) - images_of(whole)).max() <= 2
@@ -161,16 +161,18 @@ class TestDrawing:
                 draw_samples(model, folder_of(tmp_path))
             assert len(list(tmp_path.glob("parts/*.npy"))) == done
 
+        monkeypatch.setattr(SampleFolder, "write", write)
+
         def fail(*args, **kwargs):
             raise MemoryError
 
-        for name in (
+        for place in (
             "sddit_jax.data.sample_files._write_array",
             "sddit_jax.data.sample_files.save_grid",
             "shutil.rmtree",
         ):
             with monkeypatch.context() as patch:
-                patch.setattr(name, fail)
+                patch.setattr(place, fail)
                 with pytest.raises(MemoryError):
                     draw_samples(model, folder_of(tmp_path))
         draw_samples(model, folder_of(tmp_path))
@@ -178,12 +180,13 @@ class TestDrawing:
 
     def test_a_damaged_batch_is_computed_again(self, model, whole, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
-            patch.setattr(SampleFolder, "finish", lambda *args: (_ for _ in ()).throw(MemoryError))
-            with pytest.raises(MemoryError):
-                draw_samples(model, folder_of(tmp_path))
+            patch.setattr(SampleFolder, "finish", lambda *args: None)
+            draw_samples(model, folder_of(tmp_path))
         part = tmp_path / "parts" / "0000000008.npy"
         part.write_bytes(part.read_bytes()[:-1])
-        assert folder_of(tmp_path).begin() == [8]
+        folder = folder_of(tmp_path)
+        assert folder.begin() == [8]
+        folder._lock.close()
         draw_samples(model, folder_of(tmp_path))
         assert digests(tmp_path) == digests(whole)
 
@@ -275,14 +278,13 @@ class TestFolder:
 
 
 class TestPictures:
-    @pytest.mark.parametrize("solver", ["heun", "euler"])
-    def test_a_strip_goes_from_noise_to_the_image(self, tmp_path, monkeypatch, solver):
-        model = make_model(sampling=Sampling(solver=solver, steps=12))
+    def test_a_strip_goes_from_noise_to_the_image(self, tmp_path, monkeypatch):
+        model = make_model(sampling=Sampling(steps=4))
         shown = []
         monkeypatch.setattr(drawing, "save_labelled_grid", lambda *args: shown.append(args))
         draw_strip(model, 2, tmp_path / "strip.png", RECORD)
         ((images, rows, columns, corner, _, _),) = shown
-        assert images.shape == (4, 10, 8, 8, 3)
+        assert images.shape == (4, 4, 8, 8, 3)
         assert rows == [str(label) for label in model.labels(range(2, 6))]
         assert (columns[0], columns[-1], corner) == ("80", "0.002", "sigma")
         generate = make_generate(model.sample(), model.mesh, 4)
