@@ -402,7 +402,8 @@ def sample(
     seed's. Raises ValueError for other labels, and without `steps` for a run whose own sampler is another.
     """
     c, m = network.config, network.config.model
-    settings = c.sampling
+    # A file may be older than these keys.
+    settings = SimpleNamespace(**{"guidance_interval": (0.0, 0.0), "sigma_min": 0.0, "sigma_max": 0.0} | vars(c.sampling))
     if steps is None and settings.solver != "heun":
         raise ValueError(f"the run samples by {settings.solver}, and here it is Heun's method: give steps, such as 40")
     steps = settings.steps if steps is None else steps
