@@ -403,7 +403,8 @@ def sample(
     """
     c, m = network.config, network.config.model
     # A file may be older than these keys.
-    settings = SimpleNamespace(**{"guidance_interval": (0.0, 0.0), "sigma_min": 0.0, "sigma_max": 0.0} | vars(c.sampling))
+    defaults = {"guidance_interval": (0.0, 0.0), "sigma_min": 0.0, "sigma_max": 0.0}
+    settings = SimpleNamespace(**(defaults | vars(c.sampling)))
     if steps is None and settings.solver != "heun":
         raise ValueError(f"the run samples by {settings.solver}, and here it is Heun's method: give steps, such as 40")
     steps = settings.steps if steps is None else steps
