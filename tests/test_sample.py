@@ -300,7 +300,7 @@ class TestPictures:
         assert json.loads(picture.text["record"]) == RECORD
         generate = make_generate(model.sample(), model.mesh, 8)
         rows = [generate(model.params, 3, np.full(8, label), np.arange(5, 13)) for label in (2, 0)]
-        cells = grid(np.concatenate(rows), columns=8, scale=8)
+        cells = grid(np.concatenate(rows), columns=8, scale=8, gap=4)
         np.testing.assert_array_equal(np.asarray(picture)[-cells.shape[0] :, -cells.shape[1] :], cells)
         assert np.abs(rows[0].astype(int) - rows[1]).max() > 10
 
