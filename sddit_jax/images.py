@@ -26,7 +26,8 @@ def labelled_grid(
 ) -> np.ndarray:
     """A `grid` of rows and columns with their names to the left and above, white on black: uint8 [H', W', C]."""
     height, width, channels = images_RCHWC.shape[2:]
-    cells = grid(images_RCHWC.reshape(-1, height, width, channels), len(columns), scale)
+    gap = 4
+    cells = grid(images_RCHWC.reshape(-1, height, width, channels), len(columns), scale, gap)
     draw = ImageDraw.Draw(Image.new("L", (1, 1)))
     margin, line = 4, 12
     left = math.ceil(max(draw.textlength(name) for name in (*rows, corner))) + 2 * margin
@@ -35,9 +36,9 @@ def labelled_grid(
     draw = ImageDraw.Draw(words)
     draw.text((left - margin, top / 2), corner, 255, anchor="rm")
     for number, name in enumerate(columns):
-        draw.text((left + 1 + (number + 0.5) * (width * scale + 1), top / 2), name, 255, anchor="mm")
+        draw.text((left + gap / 2 + (number + 0.5) * (width * scale + gap), top / 2), name, 255, anchor="mm")
     for number, name in enumerate(rows):
-        draw.text((left - margin, top + 1 + (number + 0.5) * (height * scale + 1)), name, 255, anchor="rm")
+        draw.text((left - margin, top + gap / 2 + (number + 0.5) * (height * scale + gap)), name, 255, anchor="rm")
     canvas = np.repeat(np.asarray(words)[..., None], channels, axis=-1)
     canvas[top:, left:] = cells
     return canvas

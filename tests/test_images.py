@@ -24,12 +24,12 @@ def test_grid_keeps_pixels_and_channels():
 def test_a_labelled_grid_is_the_grid_beside_its_names():
     images = np.random.default_rng(0).integers(0, 256, (2, 3, 16, 16, 3), np.uint8)
     canvas = labelled_grid(images, ["a", "long name"], ["0.5", "1", "2"], "sigma", scale=2)
-    cells = grid(images.reshape(6, 16, 16, 3), columns=3, scale=2)
+    cells = grid(images.reshape(6, 16, 16, 3), columns=3, scale=2, gap=4)
     top, left = np.array(canvas.shape[:2]) - cells.shape[:2]
     np.testing.assert_array_equal(canvas[top:, left:], cells)
-    for columns in np.split(canvas[:top, left + 1 :], 3, axis=1):
+    for columns in np.split(canvas[:top, left + 4 :], 3, axis=1):
         assert columns.max() > 150
-    for rows in np.split(canvas[top + 1 :, :left], 2):
+    for rows in np.split(canvas[top + 4 :, :left], 2):
         assert rows.max() > 150
     assert canvas[:top, :left].max() > 150
     assert not canvas[0].any()

@@ -1,0 +1,67 @@
+"""How far apart the same images are, drawn on other devices and in other batches: prints a table.
+
+    python benchmarks/sampling_invariance.py --workdir=RUN [--num_samples=64] [--devices=8]
+
+Draws images 0 to N - 1 of a run of pixels with one device and one batch, and again otherwise, in float32 and bfloat16:
+the largest and the mean difference in levels of 255, and the share of values that differ. On CPUs the devices are
+simulated; elsewhere there are as many as the machine has. The last line compares bfloat16 with float32.
+"""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+
+from sddit_jax import cli, sharding
+from sddit_jax.config import resolve
+from sddit_jax.errors import UserError
+from sddit_jax.runs import open_checkpoints
+from sddit_jax.sampling.sampler import balanced_labels, make_generate, make_sample
+from sddit_jax.schema import Parallel
+from sddit_jax.state import make_parts
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run of pixels.")
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 64, "Images.", lower_bound=1)
+DEVICES = flags.DEFINE_integer("devices", 8, "Devices, on CPUs.", lower_bound=1)
+
+
+def draw(ema: dict, settings: dict, dtype: str, devices: int, batch_size: int) -> np.ndarray:
+    """The images, int32."""
+    config = resolve({**settings, "model": {**settings["model"], "dtype": dtype}})
+    parts = make_parts(config)
+    mesh = sharding.make_mesh(Parallel(), jax.devices()[:devices])
+    sample = make_sample(parts.network, parts.diffusion, parts.codec, config.sampling)
+    params = jax.device_put(ema["default"], sharding.replicated(mesh))
+    labels = balanced_labels(NUM_SAMPLES.value, config.model.num_classes)
+    return make_generate(sample, mesh, batch_size)(params, 0, labels).astype(np.int32)
+
+
+def main() -> None:
+    """Prints the table."""
+    if not WORKDIR.value:
+        raise UserError("--workdir=RUN is needed")
+    jax.config.update("jax_num_cpu_devices", DEVICES.value)
+    ema, meta = open_checkpoints(Path(WORKDIR.value).expanduser()).restore_ema()
+    if meta["codec"]["name"] != "pixels":
+        raise UserError(f"{WORKDIR.value} learnt {meta['codec']['name']}; levels are of pixels")
+    ema = jax.device_get(ema)
+    count, devices = NUM_SAMPLES.value, len(jax.devices())
+    print(f"{'dtype':10}{'devices':>8}{'batch':>7}{'largest':>9}{'mean':>10}{'differ':>9}")
+    first = {}
+    for dtype in ("float32", "bfloat16"):
+        first[dtype] = draw(ema, meta["config"], dtype, 1, count)
+        for number, batch_size in dict.fromkeys([(1, count), (1, 1), (1, count // 2 + 1), (devices, count)]):
+            images = draw(ema, meta["config"], dtype, number, batch_size)
+            row(dtype, str(number), str(batch_size), images - first[dtype])
+    row("between", "1", str(count), first["bfloat16"] - first["float32"])
+
+
+def row(dtype: str, devices: str, batch_size: str, difference: np.ndarray) -> None:
+    """One line of the table."""
+    size = np.abs(difference)
+    print(f"{dtype:10}{devices:>8}{batch_size:>7}{size.max():9d}{size.mean():10.5f}{(size > 0).mean():9.3%}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
