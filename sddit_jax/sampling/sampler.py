@@ -47,6 +47,8 @@ def make_sample(
     m, solver = network.model, sampling.solver
     shape = (m.image_size, m.image_size, m.channels)
     sigmas = schedule(diffusion, sampling)
+    # How far a level is raised depends on the number of all steps.
+    raised = solvers.churned_levels(sigmas, sampling.s_churn, sampling.s_min, sampling.s_max)[:levels]
     if levels is not None:
         sigmas = np.append(sigmas[:levels], np.float32(0))
     # A variance-preserving diffusion starts from unit variance in all, the image included.
@@ -69,7 +71,6 @@ def make_sample(
         if solver == "ddpm":
             z_BHWC = solvers.ancestral(output, diffusion, noise_BHWC, sigmas, step_noise)
         elif solver == "stochastic":
-            raised = solvers.churned_levels(sigmas, sampling.s_churn, sampling.s_min, sampling.s_max)
             z_BHWC = solvers.stochastic(denoise, noise_BHWC, sigmas, raised, sampling.s_noise, step_noise)
         else:
             solve = {"heun": solvers.heun, "dpmpp_2m": solvers.dpmpp_2m}.get(solver, solvers.euler)
