@@ -34,6 +34,17 @@ BEST = "best.json"
 _BATCH_SIZE = 256
 
 
+def recorded_best(workdir: Path) -> int | None:
+    """The step that WORKDIR/best.json names; None without that file. Raises CheckpointError if it cannot be read."""
+    path = workdir / BEST
+    if not path.exists():
+        return None
+    try:
+        return int(json.loads(path.read_text())["step"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; remove it to start comparing anew") from error
+
+
 class Monitor:
     """Measures a distance with the EMA weights every `config.eval.every` steps. All processes make the same calls.
 

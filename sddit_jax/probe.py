@@ -33,6 +33,7 @@ from sddit_jax.representation import (
     table,
     untrained_encoder,
 )
+from sddit_jax.sampling.decoding import decode_on
 from sddit_jax.schema import Parallel
 from sddit_jax.state import make_parts
 from sddit_jax.weights.decoding import load_decode
@@ -121,9 +122,9 @@ def main() -> None:
         seed=SEED.value,
     )
     features = Features(parts, mesh, SEED.value, BATCH_SIZE.value)
-    rows = probe(features, encoders, untrained_encoder(parts, mesh), train, test, sigmas, blocks)
     pictured = test.keep(slice(PICTURES.value))
-    images_BHWC = as_pictures(decode(np.asarray(parts.codec.decode(parts.codec.expected(pictured.batch)))))
+    images_BHWC = as_pictures(decode_on(mesh, decode, parts.codec.decode(parts.codec.expected(pictured.batch))))
+    rows = probe(features, encoders, untrained_encoder(parts, mesh), train, test, sigmas, blocks)
     components_BHW3 = principal_rows(features, encoders, pictured, sigmas, blocks[-1], images_BHWC.shape[1])
     if jax.process_index() != 0:
         return

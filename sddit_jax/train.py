@@ -20,7 +20,7 @@ from sddit_jax.data.loader import make_loader
 from sddit_jax.data.sources import Source, open_source
 from sddit_jax.distributed import stop_requests
 from sddit_jax.errors import CheckpointError, ConfigError, DataError, Diverged, Interrupted
-from sddit_jax.monitoring import Monitor
+from sddit_jax.monitoring import Monitor, recorded_best
 from sddit_jax.reporting import MetricsLog, Progress, save_grid
 from sddit_jax.runs import CHECKPOINTS, CONFIG, abstract_state, read_config, restore_run, write_config
 from sddit_jax.sampling.decoding import Decode
@@ -114,8 +114,8 @@ class _Run:
         sample = make_sample(parts.network, parts.diffusion, parts.codec, config.sampling)
         self.generate = make_generate(sample, mesh, config.sampling.grid, decode)
         self.monitor = monitor
-        if monitor:
-            checkpointer.pin(monitor.best)
+        # Without evaluation, what an earlier one found best is kept.
+        checkpointer.pin(monitor.best if monitor else recorded_best(workdir))
         self.diagnose = None
         if config.log.diagnose_every and evaluation.discrimination_of(parts):
             everywhere = sharding.replicated(mesh)

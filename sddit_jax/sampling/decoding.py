@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -48,3 +50,13 @@ def make_decode(
     rows = P(mesh.axis_names)
     jitted = jax.jit(jax.shard_map(own_rows, mesh=mesh, in_specs=(P(), rows), out_specs=rows))
     return Decode(lambda x_BHWC: jitted(params, x_BHWC), weights)
+
+
+def decode_on(mesh: Mesh, decode: Decode, x_BHWC: jax.Array) -> np.ndarray:
+    """What `decode` makes of any number of rows, on every host."""
+    x_BHWC = np.asarray(x_BHWC)
+    count = len(x_BHWC)
+    padded = np.resize(x_BHWC, (count + -count % mesh.size, *x_BHWC.shape[1:]))
+    rows = jax.sharding.NamedSharding(mesh, P(mesh.axis_names))
+    images = decode(jax.make_array_from_callback(padded.shape, rows, padded.__getitem__))
+    return multihost_utils.process_allgather(images, tiled=True)[:count]
