@@ -10,12 +10,12 @@ import pytest
 import torch
 from helpers import make_config, random_params, tiny_config
 from tiny import CONDITION, draw_batch, float64, jit, make_batch, noised_state, tiny_parts
-from twins import make_twin, namespaces, to_numpy, to_torch
 
 from sddit_jax.config import METHODS
 from sddit_jax.diffusion import make_diffusion
 from sddit_jax.interop import pytorch
 from sddit_jax.interop.state_dict import from_state_dict, to_state_dict
+from sddit_jax.interop.twin import make_teacher, make_twin, namespaces, to_numpy, to_torch
 from sddit_jax.masking import sample_mask
 from sddit_jax.models.sizes import decode
 from sddit_jax.models.transformer import Network
@@ -149,16 +149,7 @@ def step_in_both(method, changes):
     twin = make_twin(config, state["params"])
     teacher = None
     if "discrimination" in state["aux"]:
-        aux = state["aux"]["discrimination"]
-        d = config.objectives.discrimination
-        whole = make_twin(config, {**state["params"], **aux["teacher"]})
-        scale = {kind: float(np.sqrt(v + 1e-8)) if d.standardise else 1.0 for kind, v in aux["variance"].items()}
-        teacher = pytorch.Teacher(
-            whole.encoder,
-            whole.head,
-            center={kind: to_torch(center) for kind, center in aux["center"].items()},
-            temperature={kind: d.teacher_temperature[0] * scale[kind] for kind in aux["center"]},
-        )
+        teacher = make_teacher(config, state["params"], state["aux"]["discrimination"])
     tensors = [to_torch(drawn[name]) for name in ("x0", "eps", "sigma", "label")]
     visible = None if drawn["mask"] is None else to_torch(drawn["mask"].visible_BV)
     optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-4, weight_decay=0)

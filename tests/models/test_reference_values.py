@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from helpers import make_config
-from twins import make_twin, to_numpy, to_torch
 
 from sddit_jax.diffusion import EDM
 from sddit_jax.interop.layouts import DIT, MASKDIT
 from sddit_jax.interop.state_dict import from_state_dict
+from sddit_jax.interop.twin import make_twin, to_numpy, to_torch
 from sddit_jax.models.sizes import decode
 from sddit_jax.models.transformer import Network
 

@@ -1,4 +1,4 @@
-"""A network of ours and the same one in PyTorch."""
+"""A network of ours and the same one in PyTorch, in one process: what they are compared by."""
 
 import json
 from types import SimpleNamespace
@@ -38,3 +38,16 @@ def make_twin(config: schema.Config, params: Any) -> pytorch.SDDiT:
     arrays = {name: torch.from_numpy(np.array(a)) for name, a in to_state_dict(params, Network(config)).items()}
     twin.to(next(iter(arrays.values())).dtype).load_state_dict(arrays)
     return twin
+
+
+def make_teacher(config: schema.Config, params: Any, aux: Any) -> pytorch.Teacher:
+    """The PyTorch teacher of the discrimination's own state (teacher "own"), at the first temperature of its schedule."""
+    whole = make_twin(config, {**params, **aux["teacher"]}).requires_grad_(False)
+    d = config.objectives.discrimination
+    scale = {kind: float(np.sqrt(v + 1e-8)) if d.standardise else 1.0 for kind, v in aux["variance"].items()}
+    return pytorch.Teacher(
+        whole.encoder,
+        whole.head,
+        center={kind: to_torch(center) for kind, center in aux["center"].items()},
+        temperature={kind: d.teacher_temperature[0] * scale[kind] for kind in aux["center"]},
+    )

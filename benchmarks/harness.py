@@ -1,0 +1,82 @@
+"""How the benchmarks measure: ways take turns, so that what else the machine does falls on all, and medians count."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+REPETITIONS = flags.DEFINE_integer("repetitions", 7, "Measurements of each way.", lower_bound=1)
+JSON = flags.DEFINE_string("json", None, "Also write the rows, and machine and versions, to this file.")
+
+MATRIX = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Seconds:
+    """What the repetitions of one way took."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """As '1.234 (1.2 to 1.3)'."""
+        return f"{self.median:.4g} ({self.low:.4g} to {self.high:.4g})"
+
+
+def measure(ways: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str, Seconds]:
+    """Each way is called once to warm up, and then `repetitions` times in turn; what it returns is waited for."""
+    for way in ways.values():
+        jax.block_until_ready(way())
+    taken = {name: [] for name in ways}
+    for _ in range(repetitions):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            jax.block_until_ready(way())
+            taken[name].append(time.perf_counter() - began)
+    return {name: Seconds(statistics.median(t), min(t), max(t)) for name, t in taken.items()}
+
+
+def matrix_product() -> tuple[Callable[[], Any], float]:
+    """A product of float32 matrices, and its operations: what the machine multiplies at best."""
+    a = jax.random.normal(jax.random.key(0), (MATRIX, MATRIX))
+    product = jax.jit(jnp.matmul)
+    return lambda: product(a, a), 2.0 * MATRIX**3
+
+
+def machine() -> dict[str, Any]:
+    """Where the numbers are from."""
+    cpu = platform.processor()
+    if (info := Path("/proc/cpuinfo")).exists():
+        cpu = next((line.split(":")[1].strip() for line in info.open() if line.startswith("model name")), cpu)
+    versions = {}
+    for package in ("jax", "jaxlib", "torch"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(), **versions}
+
+
+def show(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Prints rows of the same columns as a table in Markdown, and machine and versions; writes them if asked for."""
+    columns = list(rows[0])
+    print(f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}", sep="\n")
+    for row in rows:
+        cells = (f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row.values())
+        print(f"| {' | '.join(cells)} |")
+    where = machine()
+    print("\n" + ", ".join(f"{name} {value}" for name, value in where.items()), flush=True)
+    if JSON.value:
+        rows = [{k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in r.items()} for r in rows]
+        Path(JSON.value).write_text(json.dumps({"machine": where, "rows": rows}, indent=1))

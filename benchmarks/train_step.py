@@ -1,0 +1,143 @@
+"""A training step in float32 on the CPU, beside the same one in PyTorch: prints a table.
+
+    python benchmarks/train_step.py [--models=digits,S/2,B/4] [--methods=dit,maskdit,sd_dit] [--nocompiled]
+
+The same weights, data and threads. A step draws noise and masks, and updates parameters (AdamW, in PyTorch fused),
+EMA and teacher. PyTorch's does not update the discrimination's centers, whose cost is negligible. `products` are the
+matrix products that the step cannot do without (sddit_jax/flops.py), over its time, as a share of what one large product
+reaches in the same run. Needs pip install -e '.[torch]', and for torch.compile a C++ compiler (--nocompiled).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import harness
+import jax
+import numpy as np
+import torch
+from absl import flags
+
+from configs import digits
+from sddit_jax import cli, flops, schema
+from sddit_jax.config import resolve
+from sddit_jax.interop import pytorch
+from sddit_jax.interop.twin import make_teacher, make_twin, to_torch
+from sddit_jax.masking import visible_count
+from sddit_jax.recipes import imagenet
+from sddit_jax.state import make_parts
+from sddit_jax.train_step import make_train_step
+
+MODELS = flags.DEFINE_list("models", ["digits", "S/2", "B/4"], "digits, or sizes of latents of 256 pixels.")
+METHODS = flags.DEFINE_list("methods", ["dit", "maskdit", "sd_dit"], "Methods.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Images of a step; digits have their own.", lower_bound=1)
+COMPILED = flags.DEFINE_bool("compiled", True, "torch.compile too.")
+
+
+def configuration(model: str, method: str) -> schema.Config:
+    """In float32, unrolled, nothing recomputed: what is fastest on a CPU with memory enough."""
+    if model == "digits":
+        return resolve(digits.get_config(method))
+    config = imagenet(256, f"size={model},method={method}")
+    with config.unlocked():
+        config.batch_size = BATCH_SIZE.value
+        config.model.dtype, config.model.remat, config.model.scan = "float32", "none", False
+        config.parallel.data, config.parallel.fsdp = -1, 1
+    return resolve(config)
+
+
+def random_batch(config: schema.Config) -> dict[str, np.ndarray]:
+    """As the loader gives it."""
+    m, rng = config.model, np.random.default_rng(0)
+    shape = (config.batch_size, m.image_size, m.image_size, m.channels)
+    label_B = rng.integers(0, m.num_classes, config.batch_size, np.int32)
+    if config.codec.name == "pixels":
+        return {"image": rng.integers(0, 256, shape, np.uint8), "label": label_B}
+    moments = rng.random((shape[0], 2, *shape[1:]), np.float32).astype(np.float16)
+    return {"moments": moments, "label": label_B}
+
+
+def jax_step(config: schema.Config, batch: dict[str, np.ndarray]) -> Callable[[], Any]:
+    """A step of ours, as train.py jits it."""
+    parts = make_parts(config)
+    step = jax.jit(make_train_step(parts), donate_argnums=0)
+    batch = jax.device_put(batch)
+    state = jax.jit(parts.init_state)(jax.random.key(0))
+
+    def run() -> Any:
+        nonlocal state
+        state, metrics = step(state, batch)
+        return state, metrics
+
+    return run
+
+
+def torch_step(config: schema.Config, batch: dict[str, np.ndarray], compiled: bool) -> Callable[[], None]:
+    """The same step in PyTorch."""
+    parts = make_parts(config)
+    state = jax.jit(parts.init_state)(jax.random.key(0))
+    network, ema = (make_twin(config, state["params"]) for _ in range(2))
+    pairs = [(list(ema.parameters()), list(network.parameters()), 1 - config.ema.decay)]
+    teacher, d = None, config.objectives.discrimination
+    if d.weight:
+        teacher = make_teacher(config, state["params"], state["aux"]["discrimination"])
+        for name in ("encoder", "head"):
+            own, students = (list(getattr(x, name).parameters()) for x in (teacher, network))
+            pairs.append((own, students, 1 - d.teacher_momentum[0]))
+    o, diffusion = config.optimizer, config.diffusion
+    optimizer = torch.optim.AdamW(
+        network.parameters(), o.learning_rate, (o.b1, o.b2), o.eps, o.weight_decay, fused=True
+    )
+    clean = jax.tree.map(to_torch, jax.device_get(parts.codec.clean(batch, jax.random.key(0))))
+    label_B = to_torch(batch["label"])
+    tokens = parts.network.tokens
+    visible = visible_count(tokens, config.masking.ratio)
+
+    def total(x0: torch.Tensor, eps: torch.Tensor, sigma: torch.Tensor, label: torch.Tensor, mask: Any) -> torch.Tensor:
+        return pytorch.training_losses(network, x0, eps, sigma, label, mask, teacher)["total"]
+
+    loss_fn = torch.compile(total) if compiled else total
+
+    def run() -> None:
+        x0 = clean + 0.1 * torch.randn_like(clean) if config.codec.name == "latents" else clean
+        sigma = (diffusion.log_sigma_mean + diffusion.log_sigma_std * torch.randn(len(x0))).exp()
+        dropped = torch.rand(len(x0)) < config.objectives.label_dropout
+        label = torch.where(dropped, config.model.num_classes, label_B)
+        mask = torch.rand(len(x0), tokens).argsort(1)[:, :visible].sort(1).values if config.masking.ratio else None
+        optimizer.zero_grad()
+        loss_fn(x0, torch.randn_like(x0), sigma, label, mask).backward()
+        optimizer.step()
+        with torch.no_grad():
+            for averages, values, rate in pairs:
+                torch._foreach_lerp_(averages, values, rate)
+
+    return run
+
+
+def row(model: str, method: str) -> dict[str, Any]:
+    """The cells of a row."""
+    config = configuration(model, method)
+    batch = random_batch(config)
+    product, operations = harness.matrix_product()
+    ways = {"JAX": jax_step(config, batch), "PyTorch": torch_step(config, batch, compiled=False)}
+    if COMPILED.value:
+        ways["compiled"] = torch_step(config, batch, compiled=True)
+    times = harness.measure(ways | {"product": product}, harness.REPETITIONS.value)
+    rate = operations / times["product"].median
+    arithmetic = config.batch_size * sum(flops.training(config).values())
+    own = times["JAX"].median
+    cells = {"model": model, "method": method, "batch": config.batch_size}
+    cells |= {f"{name}, s": times[name] for name in ways}
+    cells |= {f"{name} / JAX": times[name].median / own for name in ways if name != "JAX"}
+    cells |= {"products": arithmetic / own / rate, "of PyTorch": arithmetic / times["PyTorch"].median / rate}
+    return cells | {"GFLOP/s": rate / 1e9}
+
+
+def main() -> None:
+    """Prints the table."""
+    torch.set_num_threads(len(__import__("os").sched_getaffinity(0)))
+    harness.show([row(model, method) for model in MODELS.value for method in METHODS.value])
+
+
+if __name__ == "__main__":
+    cli.run(main)
