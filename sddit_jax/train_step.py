@@ -114,7 +114,18 @@ def make_train_step(parts: Parts) -> TrainStep:
         learning_rate = schedules.learning_rate(step, o.learning_rate, o.schedule, o.warmup_steps, config.steps)
         updates, opt_state = parts.optimizer.update(gradients, state["opt_state"], state["params"])
         updates = jax.tree.map(lambda u: learning_rate * u, updates)
-        params = optax.apply_updates(state["params"], updates)
+        metrics |= {f"grad_norm/{name}": optax.tree.norm(tree) for name, tree in gradients.items()}
+        metrics["grad_norm/all"] = optax.tree.norm(gradients)
+        metrics["train/update_norm"] = optax.tree.norm(updates)
+        metrics["train/learning_rate"] = learning_rate
+        finite = jnp.isfinite(metrics["train/loss"] + metrics["grad_norm/all"] + metrics["train/update_norm"])
+        metrics["train/skipped"] = skipped = jnp.where(finite, 0, state["skipped"] + 1)
+
+        def kept(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+
+        # What follows is computed from the parameters that are kept, so that all can be written where the old lie.
+        params = kept(optax.apply_updates(state["params"], updates), state["params"])
         decay = schedules.ema_decay(step, config.ema.decay, config.ema.warmup)
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema"]["default"], params)
         aux = {}
@@ -123,16 +134,13 @@ def make_train_step(parts: Parts) -> TrainStep:
                 state["aux"][objective.name], statistics[objective.name], params, step
             )
             metrics |= more
-
-        metrics |= {f"grad_norm/{name}": optax.tree.norm(tree) for name, tree in gradients.items()}
-        metrics["grad_norm/all"] = optax.tree.norm(gradients)
-        metrics["train/update_norm"] = optax.tree.norm(updates)
-        metrics["train/learning_rate"] = learning_rate
-        finite = jnp.isfinite(metrics["train/loss"] + metrics["grad_norm/all"] + metrics["train/update_norm"])
-        skipped = jnp.where(finite, 0, state["skipped"] + 1)
-        metrics["train/skipped"] = skipped
-        proposed = {"params": params, "ema": {"default": ema}, "opt_state": opt_state, "aux": aux}
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, {k: state[k] for k in proposed})
-        return kept | {"step": step + 1, "skipped": skipped}, metrics
+        return {
+            "params": params,
+            "ema": {"default": kept(ema, state["ema"]["default"])},
+            "opt_state": kept(opt_state, state["opt_state"]),
+            "aux": kept(aux, state["aux"]),
+            "step": step + 1,
+            "skipped": skipped,
+        }, metrics
 
     return train_step
