@@ -14,13 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from sddit_jax.errors import CheckpointError, ConfigError
-from sddit_jax.evaluating import (
-    check_dimension,
-    check_resolution,
-    distance_name,
-    few_images_warnings,
-    open_reference,
-)
+from sddit_jax.evaluating import distance_name, few_images_warnings, open_reference
 from sddit_jax.feature_spaces import measure, open_space
 from sddit_jax.metrics import frechet_distance
 from sddit_jax.sampling.decoding import Decode
@@ -62,11 +56,11 @@ class Monitor:
         self._eval, self._seed = config.eval, config.seed
         self._label_N = balanced_labels(config.eval.num_samples, config.model.num_classes)
         self._space = open_space(config.eval.features, config.eval.inception, mesh, _BATCH_SIZE)
-        self._reference = open_reference(config.eval.reference, self._space, ("fid",), _BATCH_SIZE)
+        shape = self._shape_of_samples(parts, codec.get("factor") or 1)
+        self._reference = open_reference(config.eval.reference, self._space, shape, _BATCH_SIZE, ("fid",))
         self.name = f"eval/{distance_name(self._space)}"
         sample = make_sample(parts.network, parts.diffusion, parts.codec, config.sampling)
         self._generate = make_generate(sample, mesh, min(config.batch_size, config.eval.num_samples), decode)
-        self._check_images(codec.get("factor") or 1, parts)
 
         sampling = {k: v for k, v in dataclasses.asdict(config.sampling).items() if k not in ("every", "grid")}
         self._path = workdir / BEST
@@ -98,8 +92,8 @@ class Monitor:
         measured = measure(self._space, self._batches(ema, sampling_seconds), keep=False)
         distance = frechet_distance(*measured.moments.finalise(), *self._reference.pool)
         if not self._distances:
-            for words in few_images_warnings(measured.moments, self._reference):
-                log.warning("%s: %s", self.name, words)
+            for words in few_images_warnings(self.name, measured.moments, self._reference.pool, self._reference.count):
+                log.warning("%s", words)
         # Every process computes it, so that none waits; one decides, so that all keep the same checkpoint.
         words_2 = multihost_utils.broadcast_one_to_all(np.array([distance]).view(np.uint32))
         distance = float(np.asarray(words_2).view(np.float64)[0])
@@ -127,14 +121,12 @@ class Monitor:
             seconds.append(time.monotonic() - began)
             yield images_BHWC
 
-    def _check_images(self, factor: int, parts: Parts) -> None:
+    def _shape_of_samples(self, parts: Parts, factor: int) -> tuple[int, int, int, int]:
         m = parts.config.model
         side, channels = m.image_size * factor, 3 if parts.config.codec.name == "latents" else m.channels
         if channels not in (1, 3):
             raise ConfigError(f"eval.every is {self._eval.every}, but images of {channels} channels are not compared")
-        check_resolution(self._reference, side, side)
-        found = self._space.function(np.zeros((1, side, side, channels), np.uint8))
-        check_dimension(self._reference, found.pool_BD.shape[1])
+        return len(self._label_N), side, side, channels
 
     def _read(self) -> dict[int, float]:
         if not self._path.exists():
