@@ -153,6 +153,14 @@ def test_statistics_of_other_features_are_left_for_the_images(tmp_path):
     np.testing.assert_allclose(found.pool.mean_D, vectors(REAL).mean(axis=0), rtol=1e-12, atol=1e-15)
 
 
+def statistics(dimension):
+    return {"mu": np.zeros(dimension), "sigma": np.eye(dimension)}
+
+
+IMAGES = {"arr_0": REAL}
+PIXELS = statistics(108) | {"record": json.dumps({"image_shape": [6, 6, 3], "features": {"name": "pixels"}})}
+
+
 class Untouched:
     """Counts images whose features are computed, the blank one that tells their dimension aside."""
 
@@ -168,23 +176,20 @@ class Untouched:
 @pytest.mark.parametrize(
     ("name", "content", "shape", "wanted", "message"),
     [
-        ("pixels", {"arr_0": REAL}, (50, 4, 4, 3), None, r"the samples are 4x4, but the images of .* are 6x6"),
-        ("pixels", {"image_shape": [6, 6, 3]}, (50, 4, 4, 3), None, "the samples are 4x4, but the images of .* are 6x6"),
-        ("pixels", {"arr_0": REAL}, (50, 6, 6, 1), None, "108 features, but the samples have 36"),
-        ("pixels", {"image_shape": [6, 6, 3]}, (50, 6, 6, 1), None, "108 features, but the samples have 36"),
-        ("pixels", {"image_shape": [6, 6, 3]}, (50, 6, 6, 3), ("fid", "pr"), "pr .*: .* has neither images nor features"),
-        ("pixels", {"image_shape": [6, 6, 3]}, (50, 6, 6, 3), ("kid",), "kid .*: .* has neither images nor features"),
-        ("pixels", {"arr_0": REAL}, (50, 6, 6, 3), ("sfid",), "sfid cannot be computed: it is of features of Inception"),
-        ("pixels", {"arr_0": REAL}, (3, 6, 6, 3), ("pr",), "pr .*: each side needs at least 4 images"),
-        ("pixels", {"arr_0": REAL}, (1, 6, 6, 3), None, "1 sample has no covariance"),
-        ("inception", {"mu": np.zeros(2048), "sigma": np.eye(2048)}, (50, 6, 6, 3), ("sfid",), "has no mu_s and sigma_s"),
-        ("inception", {"mu": np.zeros(64), "sigma": np.eye(64)}, (50, 6, 6, 3), None, r"mu is float64 of shape \[64\]"),
+        ("pixels", IMAGES, (50, 4, 4, 3), None, "samples are 4x4, but .* are 6x6"),
+        ("pixels", PIXELS, (50, 4, 4, 3), None, "samples are 4x4, but .* are 6x6"),
+        ("pixels", IMAGES, (50, 6, 6, 1), None, "108 features, but the samples have 36"),
+        ("pixels", PIXELS, (50, 6, 6, 1), None, "108 features, but the samples have 36"),
+        ("pixels", PIXELS, (50, 6, 6, 3), ("fid", "pr"), "pr .*: .* has neither images nor features"),
+        ("pixels", PIXELS, (50, 6, 6, 3), ("kid",), "kid .*: .* has neither images nor features"),
+        ("pixels", IMAGES, (50, 6, 6, 3), ("sfid",), "sfid cannot be computed: it is of features of Inception"),
+        ("pixels", IMAGES, (3, 6, 6, 3), ("pr",), "pr .*: each side needs at least 4 images"),
+        ("pixels", IMAGES, (1, 6, 6, 3), None, "1 sample has no covariance"),
+        ("inception", statistics(2048), (50, 6, 6, 3), ("sfid",), "has no mu_s and sigma_s"),
+        ("inception", statistics(64), (50, 6, 6, 3), None, r"mu is float64 of shape \[64\]"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_compared_is_found_before_features_are_computed(tmp_path, name, content, shape, wanted, message):
-    if "image_shape" in content:
-        record = json.dumps(content | {"features": {"name": name}})
-        content = {"mu": np.zeros(108), "sigma": np.eye(108), "record": record}
     np.savez(tmp_path / "reference.npz", **content)
     untouched = Untouched(name)
     with pytest.raises(UserError, match=message):

@@ -148,7 +148,7 @@ def with_features(arrays, features):
         (lambda a: {"arr_0": IMAGES, "record": "null"}, "record holds a NoneType"),
         (lambda a: {"arr_0": IMAGES, "record": '{"features": 7}'}, "features of record is 7; it should be an object"),
         (lambda a: {"arr_0": IMAGES, "record": '{"features": null}'}, "features of record is None"),
-        (lambda a: {"arr_0": IMAGES, "record": '{"image_shape": [8, "8", 3]}'}, "image_shape of record is .* height"),
+        (lambda a: {"arr_0": IMAGES, "record": '{"image_shape": [8, "8", 3]}'}, "image_shape of record is .*height"),
         (lambda a: {"arr_0": IMAGES, "record": '{"image_shape": 8}'}, "image_shape of record is 8"),
         (lambda a: {"arr_0": IMAGES, "record": "{"}, "is not an intact npz file: JSONDecodeError"),
         (lambda a: {"arr_0": IMAGES, "record": 7}, "record is int64"),
