@@ -93,7 +93,7 @@ def open_reference(
             "--resolution=SIDE --write_reference=REF.npz"
         )
     file = open_evaluation_file(path, POOL_FEATURES if space.name == "inception" else None)
-    if not (file.pool is not None and _made_with(path, file, space)):
+    if file.pool is None or not _made_with(path, file, space):
         # As in ADM's evaluator: statistics of the file, where it has any, else of its images.
         file = file._replace(pool=None, spatial=None, features_KD=None, count=None)
     _check_shape(path, file, space, samples_shape)
@@ -115,7 +115,7 @@ def open_reference(
         "sha256": sha256,
         "statistics_of": "its images" if file.pool is None else "the file",
         "count": count,
-        "compared_one_by_one": None if pool_ND is None else len(pool_ND),
+        "features_count": None if pool_ND is None else len(pool_ND),
         "images": None if file.images is None else list(file.images.shape),
         "record": file.record,
     }

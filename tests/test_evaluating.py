@@ -140,7 +140,7 @@ def test_features_of_as_many_images_as_asked_are_kept_evenly(reference, tmp_path
     chosen = np.arange(25) * 60 // 25
     np.testing.assert_array_equal(opened.pool_ND, vectors(REAL)[chosen])
     np.testing.assert_allclose(opened.pool.mean_D, vectors(REAL).mean(axis=0), rtol=1e-12, atol=1e-15)
-    assert (opened.count, opened.record["compared_one_by_one"]) == (60, 25)
+    assert (opened.count, opened.record["features_count"]) == (60, 25)
     write_reference(path, space, open_image_set(reference), {}, size, 0)
     assert set(open_reference(path, space, FAKE.shape, 16).skipped) >= {"pr", "kid"}
 
@@ -264,7 +264,7 @@ def test_images_of_a_source_that_cannot_be_read_are_left_out(tmp_path, caplog):
     assert "left out" in caplog.text
     record = open_reference(tmp_path / "x.npz", pixels_space(), FAKE.shape, 4).record
     assert record["record"]["left_out"] == 1
-    assert record["count"] == record["compared_one_by_one"] == 8
+    assert record["count"] == record["features_count"] == 8
 
 
 def test_the_record_has_every_condition(reference, tmp_path):
