@@ -7,6 +7,7 @@ processes first meet at the coordinator's address by themselves, and whatever is
 import contextlib
 import dataclasses
 import errno
+import itertools
 import json
 import logging
 import os
@@ -34,6 +35,9 @@ log = logging.getLogger("sddit_jax")
 
 # How long a process that ends with an error waits for the others to meet the same one.
 LEAVING_SECONDS = 10
+# How long they wait for process 0 to decide, which may write gigabytes. If it dies, JAX ends them long before.
+DECIDING_SECONDS = 24 * 3600
+_decisions = itertools.count()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,15 +109,15 @@ def start(
 
 
 @contextmanager
-def stop_requests() -> Iterator[Callable[[int], str]]:
-    """stopped(step) -> the name of a SIGTERM or SIGINT that came, or ""; a second Ctrl-C has its usual effect.
+def stop_requests() -> Iterator[Callable[[], str]]:
+    """stopped() -> the name of a SIGTERM or SIGINT that came, or ""; a second Ctrl-C has its usual effect.
 
-    Each of several processes asks after every step. When one of them gets a signal, JAX, which has taken over SIGTERM,
-    lets all agree on the step at which they learn it.
+    Several processes all ask equally often. When one of them gets a signal, JAX, which has taken over SIGTERM, lets all
+    agree on the question at which they learn it.
     """
     if not jax.distributed.is_initialized():
         with stop_signals() as received:
-            yield lambda step: received[0] if received else ""
+            yield lambda: received[0] if received else ""
         return
 
     def as_sigterm(number: int, frame: Any) -> None:
@@ -122,14 +126,18 @@ def stop_requests() -> Iterator[Callable[[int], str]]:
         signal.raise_signal(signal.SIGTERM)
 
     previous = signal.signal(signal.SIGINT, as_sigterm)
+    questions = itertools.count()
     try:
-        yield lambda step: "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else ""
+        yield lambda: "SIGTERM" if multihost_utils.reached_preemption_sync_point(next(questions)) else ""
     finally:
         signal.signal(signal.SIGINT, previous)
 
 
 def decided_by_primary(decide: Callable[[], Any]) -> Any:
-    """What decide() returns on process 0, a JSON value, for all processes; the UserError that it raises there, too."""
+    """What decide() returns on process 0, a JSON value, for all processes; the UserError that it raises there, too.
+
+    It may take long: the others wait for it.
+    """
     answer = {}
     if jax.process_index() == 0:
         try:
@@ -139,6 +147,9 @@ def decided_by_primary(decide: Callable[[], Any]) -> Any:
                 raise
             answer = {"error": str(error)}
     if jax.process_count() > 1:
+        # Not with a collective alone: those of CPUs give up when another process is half a minute late.
+        key = f"decision {next(_decisions)}"
+        multihost.get_barrier_sync_fn()(key=key, timeout_ms=1000 * DECIDING_SECONDS)
         content = np.frombuffer(json.dumps(answer).encode(), np.uint8)
         size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
         content = content if jax.process_index() == 0 else np.zeros(size, np.uint8)

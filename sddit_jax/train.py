@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from sddit_jax import config as config_lib
 from sddit_jax import evaluation, sharding
 from sddit_jax.checkpoint import Checkpointer
+from sddit_jax.codec import check_codec
 from sddit_jax.data.loader import make_loader
 from sddit_jax.data.sources import Source, open_source
 from sddit_jax.distributed import stop_requests
@@ -55,7 +56,7 @@ def train(config: Config, workdir: Path) -> None:
     restored = checkpointer.restore(abstract)
     if restored is not None:
         state, meta = restored
-        _check_codec(workdir, meta["codec"], codec)
+        check_codec(f"the network of {workdir}", meta["codec"], source.name, codec)
     elif config.init_from:
         state = _started_from(Path(config.init_from).expanduser(), parts, codec, mesh, layout)
     else:
@@ -302,20 +303,10 @@ def _open_source(config: Config) -> Source:
     return source
 
 
-def _check_codec(run: Path, learnt: dict[str, Any], codec: dict[str, Any]) -> None:
-    """Raises CheckpointError if a run's network learnt what another codec, or another autoencoder, makes of images."""
-    for key in ("name", "weights", "factor", "channels", "pixel_range"):
-        # Weights that come from another code say nothing of the autoencoder.
-        if learnt.get(key) is not None and codec.get(key) is not None and learnt[key] != codec[key]:
-            raise CheckpointError(
-                f"the network of {run} learnt data of codec {key} {learnt[key]}, but this data has {codec[key]}"
-            )
-
-
 def _started_from(run: Path, parts: Parts, codec: dict[str, Any], mesh: jax.sharding.Mesh, layout: Any) -> State:
     """A state at step 0 with the parameters and the EMA of another run's newest checkpoint."""
     config, state, meta = restore_run(run, mesh)
-    _check_codec(run, meta["codec"], codec)
+    check_codec(f"the network of {run}", meta["codec"], "the data of this run", codec)
     if config.model != parts.config.model:
         differences = [line for line in config_lib.identity_differences(config, parts.config) if "model." in line]
         raise CheckpointError(f"init_from {run} holds another model: {', '.join(differences)}")

@@ -204,14 +204,14 @@ class TestDrawing:
         draw_samples(model, folder_of(tmp_path, indices, png=True))
         images, labels = np.load(whole / "samples.npz").values()
         lines = (tmp_path / "labels.txt").read_text().splitlines()
-        assert lines == [f"{i:06d}.png {labels[i]}" for i in indices]
+        assert lines == [f"{i:010d}.png {labels[i]}" for i in indices]
         assert sorted(path.name for path in (tmp_path / "images").iterdir()) == [line.split()[0] for line in lines]
         for i in indices:
-            np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "images" / f"{i:06d}.png")), images[i])
+            np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "images" / f"{i:010d}.png")), images[i])
         (tmp_path / "samples.json").unlink()
         (tmp_path / "parts").mkdir()
         (tmp_path / "parts" / "plan.json").write_text(json.dumps(RECORD))
-        (tmp_path / "images" / "000009.png").unlink()
+        (tmp_path / "images" / "0000000009.png").unlink()
         folder = folder_of(tmp_path, indices, png=True)
         assert folder.begin() == [8]
 
@@ -398,7 +398,7 @@ class TestCommand:
         arguments = ("--num_samples=3", "--first=3", "--labels=3,1", "--solver=euler", "--format=png")
         command(*arguments, f"--output={tmp_path}/b")
         for i in (3, 4, 5):
-            with Image.open(tmp_path / "b" / "images" / f"{i:06d}.png") as picture:
+            with Image.open(tmp_path / "b" / "images" / f"{i:010d}.png") as picture:
                 np.testing.assert_array_equal(np.asarray(picture), images[i, :, :, 0])
         error = command(*arguments, f"--output={tmp_path}/a", code=2)
         assert f"error: {tmp_path}/a holds other samples: count 6 instead of 3" in error
