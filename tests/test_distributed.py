@@ -386,6 +386,35 @@ def test_samples_of_two_processes_are_those_of_one(alone, tmp_path):
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == names
 
 
+FULL = """
+import time
+from sddit_jax import cli, sample
+from sddit_jax.data.sample_files import SampleFolder
+from sddit_jax.errors import UserError
+
+def full(*args):
+    time.sleep({seconds})
+    raise UserError("no space left")
+
+SampleFolder.{method} = full
+cli.run(sample.main)
+"""
+
+
+@pytest.mark.parametrize(
+    # Longer than a collective of CPUs waits.
+    ("method", "seconds"),
+    [("write", 0), pytest.param("finish", 45, marks=pytest.mark.slow)],
+)
+def test_a_disk_that_is_full_at_process_0_ends_all(alone, tmp_path, method, seconds):
+    done = two(
+        sys.executable, "-c", FULL.format(method=method, seconds=seconds), f"--workdir={alone}", f"--output={tmp_path}",
+        "--num_samples=16", "--batch_size=8", "--steps=2",
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout
+    assert done.stdout.count("error: no space left") == 2, done.stdout
+
+
 @pytest.mark.slow
 def test_sampling_of_two_processes_goes_on_in_one_and_refuses_as_one(alone, tmp_path):
     arguments = [f"--workdir={alone}", f"--output={tmp_path}/out", "--num_samples=4000", "--batch_size=8", "--steps=2"]

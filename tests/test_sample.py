@@ -215,6 +215,26 @@ class TestDrawing:
         folder = folder_of(tmp_path, indices, png=True)
         assert folder.begin() == [8]
 
+    def test_begun_on_one_device_it_goes_on_on_four_with_a_warning(self, whole, tmp_path, monkeypatch, caplog):
+        write = SampleFolder.write
+
+        def twice(self, start, images):
+            if start == 12:
+                raise MemoryError
+            write(self, start, images)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(SampleFolder, "write", twice)
+            with pytest.raises(MemoryError):
+                draw_samples(make_model(1), folder_of(tmp_path, batch_size=6))
+        assert not caplog.messages
+        draw_samples(make_model(4), SampleFolder(tmp_path, RECORD, "4 x cpu", range(20), 6))
+        assert any("was begun on 1 x cpu and goes on on 4 x cpu" in message for message in caplog.messages)
+        assert any("batches of 6 take as long as batches of 8" in message for message in caplog.messages)
+        assert np.abs(images_of(tmp_path) - images_of(whole)).max() <= 2
+        record = json.loads((tmp_path / "samples.json").read_text())
+        assert record == RECORD | {"environments": ["1 x cpu", "4 x cpu"]}
+
 
 class TestFolder:
     def test_samples_of_another_record_are_refused(self, whole, tmp_path):
@@ -231,6 +251,39 @@ class TestFolder:
         (tmp_path / "latents.json").rename(tmp_path / "latents.npz")
         with pytest.raises(UserError, match=r"latents.npz, and no record"):
             folder_of(tmp_path).begin()
+
+    def test_a_damaged_picture_is_computed_again(self, tmp_path):
+        images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+
+        def missing() -> list[int]:
+            folder = folder_of(tmp_path, range(2), 1, png=True)
+            found = folder.begin()
+            folder._lock.close()
+            return found
+
+        folder = folder_of(tmp_path, range(2), 1, png=True)
+        for start in folder.begin():
+            folder.write(start, images[start : start + 1])
+        folder._lock.close()
+        assert missing() == []
+        picture = tmp_path / "images" / "0000000001.png"
+        content = picture.read_bytes()
+        for length in range(len(content)):
+            picture.write_bytes(content[:length])
+            assert missing() == [1], length
+        for place in range(8, len(content)):
+            picture.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            assert missing() == [1], place
+
+    def test_names_of_pictures_are_in_order(self, tmp_path):
+        indices = range(999_998, 1_000_003)
+        folder = folder_of(tmp_path, indices, 4, png=True)
+        for start in folder.begin():
+            values = np.arange(start, start + 4) % 256
+            folder.write(start, np.tile(values.astype(np.uint8)[:, None, None, None], (1, 8, 8, 1)))
+        folder.finish(np.arange(5, dtype=np.int32), lambda: None)
+        values = [np.asarray(Image.open(path))[0, 0] for path in sorted((tmp_path / "images").iterdir())]
+        assert values == [index % 256 for index in indices]
 
     def test_two_processes_do_not_write_to_one_folder(self, tmp_path):
         first = folder_of(tmp_path)

@@ -13,6 +13,7 @@ and the devices alone.
 """
 
 import fcntl
+import io
 import json
 import logging
 import os
@@ -34,6 +35,7 @@ from sddit_jax.reporting import save_grid
 log = logging.getLogger("sddit_jax")
 
 PNG_THREADS = 8
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 # Where things lie and what they were computed on may change while samples are drawn; these follow from other keys, or
 # are kept as a list.
 _NOT_IDENTITY = ("workdir", "autoencoder", "environments")
@@ -229,12 +231,13 @@ def _png_name(index: int) -> str:
 
 def _is_whole_png(path: Path) -> bool:
     try:
-        with Image.open(path) as image:
-            # The checksum of every chunk, to the last one.
+        content = path.read_bytes()
+        with Image.open(io.BytesIO(content)) as image:
+            # The checksum of every chunk but the last, which is always the same.
             image.verify()
     except (OSError, SyntaxError, ValueError):
         return False
-    return True
+    return content.endswith(_PNG_END)
 
 
 def _json(value: dict[str, Any]) -> bytes:
