@@ -35,9 +35,6 @@ log = logging.getLogger("sddit_jax")
 
 # How long a process that ends with an error waits for the others to meet the same one.
 LEAVING_SECONDS = 10
-# How long they wait for process 0 to decide, which may write gigabytes. If it dies, JAX ends them long before.
-DECIDING_SECONDS = 24 * 3600
-_decisions = itertools.count()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,9 +144,6 @@ def decided_by_primary(decide: Callable[[], Any]) -> Any:
                 raise
             answer = {"error": str(error)}
     if jax.process_count() > 1:
-        # Not with a collective alone: those of CPUs give up when another process is half a minute late.
-        key = f"decision {next(_decisions)}"
-        multihost.get_barrier_sync_fn()(key=key, timeout_ms=1000 * DECIDING_SECONDS)
         content = np.frombuffer(json.dumps(answer).encode(), np.uint8)
         size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
         content = content if jax.process_index() == 0 else np.zeros(size, np.uint8)

@@ -57,13 +57,13 @@ def draw_samples(model: Model, folder: SampleFolder) -> None:
     """
     label_N = model.labels(folder.indices)
     filled = folder.batch_size + -folder.batch_size % model.mesh.size
-    if filled > folder.batch_size:
+    draw = make_draw(model.sample(), model.mesh, model.decode)
+    missing = decided_by_primary(folder.begin)
+    if missing and filled > folder.batch_size:
         log.warning(
             "batches of %d take as long as batches of %d: %d devices compute equally many each",
             folder.batch_size, filled, model.mesh.size,
         )  # fmt: skip
-    draw = make_draw(model.sample(), model.mesh, model.decode)
-    missing = decided_by_primary(folder.begin)
     total = len(folder.indices)
     done = already = total - sum(len(folder.own(start)) for start in missing)
     progress = Progress(total, done, primary=jax.process_index() == 0, unit="image")
