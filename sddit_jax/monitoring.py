@@ -4,7 +4,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from sddit_jax.distributed import decided_by_primary
 from sddit_jax.errors import CheckpointError, ConfigError
 from sddit_jax.evaluating import distance_name, few_images_warnings, open_reference
 from sddit_jax.feature_spaces import measure, open_space
@@ -43,8 +44,8 @@ class Monitor:
     """Measures a distance with the EMA weights every `config.eval.every` steps. All processes make the same calls.
 
     The same noise and labels each time. WORKDIR/best.json has the step with the lowest distance, all distances, and
-    their conditions; with other conditions it starts anew. What it has of steps after `start`, which will be measured
-    again, is dropped.
+    their conditions; with other conditions it starts anew. What it has of steps after `start`, which will come again,
+    is dropped.
 
     Raises (when made): ConfigError, DataError or WeightsError for what could not be measured.
     """
@@ -72,7 +73,8 @@ class Monitor:
             "features": {k: v for k, v in self._space.record.items() if k != "weights"},
             "reference_sha256": self._reference.record["sha256"],
         }
-        self._distances = {step: distance for step, distance in self._read().items() if step <= start}
+        found = decided_by_primary(self._read).items()
+        self._distances = {int(step): distance for step, distance in found if int(step) <= start}
 
     @property
     def best(self) -> int | None:
@@ -81,15 +83,21 @@ class Monitor:
 
     def due(self, step: int) -> bool:
         """Whether the step is one to measure."""
-        return step % self._eval.every == 0
+        return step > 0 and step % self._eval.every == 0
 
-    def measure(self, ema: Any, step: int) -> dict[str, float]:
-        """Samples, and returns the distance as `self.name`, and the seconds that it took."""
+    def measure(self, ema: Any, step: int, check: Callable[[], None]) -> dict[str, float]:
+        """Samples, and returns the distance as `self.name`, and the seconds that it took.
+
+        A distance that best.json has is returned without them. `check`, which may raise, is called between batches;
+        then nothing is kept.
+        """
+        if step in self._distances:
+            return {self.name: self._distances[step]}
         # What training still computes is not the time of this.
         jax.block_until_ready(ema)
         began = time.monotonic()
         sampling_seconds: list[float] = []
-        measured = measure(self._space, self._batches(ema, sampling_seconds), keep=False)
+        measured = measure(self._space, self._batches(ema, sampling_seconds, check), keep=False)
         distance = frechet_distance(*measured.moments.finalise(), *self._reference.pool)
         if not self._distances:
             for words in few_images_warnings(self.name, measured.moments, self._reference.pool, self._reference.count):
@@ -111,10 +119,11 @@ class Monitor:
             "perf/eval_sampling_seconds": sum(sampling_seconds),
         }
 
-    def _batches(self, ema: Any, seconds: list[float]) -> Iterator[np.ndarray]:
+    def _batches(self, ema: Any, seconds: list[float], check: Callable[[], None]) -> Iterator[np.ndarray]:
         """The samples, and how long each batch of them took."""
         index_N = np.arange(len(self._label_N))
         for start in range(0, len(index_N), _BATCH_SIZE):
+            check()
             began = time.monotonic()
             part = slice(start, start + _BATCH_SIZE)
             images_BHWC = self._generate(ema, self._seed, self._label_N[part], index_N[part])
@@ -128,16 +137,21 @@ class Monitor:
             raise ConfigError(f"eval.every is {self._eval.every}, but images of {channels} channels are not compared")
         return len(self._label_N), side, side, channels
 
-    def _read(self) -> dict[int, float]:
+    def _read(self) -> dict[str, float]:
         if not self._path.exists():
             return {}
         try:
             saved = json.loads(self._path.read_text())
-            found, distances = saved["conditions"], {int(k): float(v) for k, v in saved["distances"].items()}
+            found, distances = saved["conditions"], {str(int(k)): float(v) for k, v in saved["distances"].items()}
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{self._path} cannot be read: {error}; remove it to start comparing anew") from error
         if found != json.loads(json.dumps(self._conditions)):
-            log.warning("%s has distances under other conditions; steps are compared anew", self._path)
+            lost = f"checkpoint {min(distances, key=distances.get)}" if distances else "no checkpoint"
+            log.warning(
+                "%s has distances under other conditions: steps are compared anew, and %s, which had the lowest, is no "
+                "longer kept for that: a later save may remove it. To keep it, stop now and copy it",
+                self._path, lost,
+            )  # fmt: skip
             return {}
         return distances
 
