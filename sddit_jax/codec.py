@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from sddit_jax import schema
+from sddit_jax.errors import DataError
 
 # Of the latents of Stable Diffusion's autoencoder, on which DiT, MaskDiT and SD-DiT train.
 STABLE_DIFFUSION_SCALE = 0.18215
@@ -106,6 +107,17 @@ def to_pixels(x_BHWC: jax.Array) -> jax.Array:
 def make_codec(config: schema.Codec) -> Codec:
     """The codec that a configuration names."""
     return {kind.name: kind for kind in (PixelCodec, LatentCodec)}[config.name](config.mean, config.scale)
+
+
+def check_codec(network: str, learnt: Mapping[str, object], data: str, found: Mapping[str, object]) -> None:
+    """Raises DataError if `network` learnt what another codec, or another autoencoder, makes of images than `data` has.
+
+    learnt, found: the records of both; what one of them lacks, as weights that come from another code do, is not
+    compared.
+    """
+    for key in ("name", "weights", "factor", "channels", "pixel_range"):
+        if learnt.get(key) is not None and found.get(key) is not None and learnt[key] != found[key]:
+            raise DataError(f"{network} learnt data of codec {key} {learnt[key]}, but {data} has {found[key]}")
 
 
 def _row(values: tuple[float, ...]) -> jax.Array:

@@ -25,11 +25,13 @@ class Diffusion(abc.ABC):
     """x = x0 + sigma * eps, and how a network F becomes the denoiser D(x; sigma) of such an x.
 
     All noise levels are float32 arrays [B]; images are [B, H, W, C]. A variance-preserving diffusion is meant too: its
-    noisy image is x / sqrt(1 + sigma^2).
+    noisy image is x / sqrt(1 + sigma^2). sigma_min and sigma_max are those of sampling; a network cannot be told of a
+    level above `highest`.
     """
 
     sigma_min: float
     sigma_max: float
+    highest: float = np.inf
 
     @abc.abstractmethod
     def sample_sigma(self, key: jax.Array, batch: int) -> jax.Array:
@@ -117,6 +119,11 @@ class DDPM(Diffusion):
     def sigma_max(self) -> float:
         """sigma of the last step."""
         return float(self.sigmas[-1])
+
+    @property
+    def highest(self) -> float:
+        """The same: behind the last step there is none."""
+        return self.sigma_max
 
     def sample_sigma(self, key: jax.Array, batch: int) -> jax.Array:
         """t is uniform."""

@@ -7,6 +7,7 @@ processes first meet at the coordinator's address by themselves, and whatever is
 import contextlib
 import dataclasses
 import errno
+import itertools
 import json
 import logging
 import os
@@ -105,15 +106,15 @@ def start(
 
 
 @contextmanager
-def stop_requests() -> Iterator[Callable[[int], str]]:
-    """stopped(step) -> the name of a SIGTERM or SIGINT that came, or ""; a second Ctrl-C has its usual effect.
+def stop_requests() -> Iterator[Callable[[], str]]:
+    """stopped() -> the name of a SIGTERM or SIGINT that came, or ""; a second Ctrl-C has its usual effect.
 
-    Each of several processes asks after every step. When one of them gets a signal, JAX, which has taken over SIGTERM,
-    lets all agree on the step at which they learn it.
+    Several processes all ask equally often. When one of them gets a signal, JAX, which has taken over SIGTERM, lets all
+    agree on the question at which they learn it.
     """
     if not jax.distributed.is_initialized():
         with stop_signals() as received:
-            yield lambda step: received[0] if received else ""
+            yield lambda: received[0] if received else ""
         return
 
     def as_sigterm(number: int, frame: Any) -> None:
@@ -122,14 +123,18 @@ def stop_requests() -> Iterator[Callable[[int], str]]:
         signal.raise_signal(signal.SIGTERM)
 
     previous = signal.signal(signal.SIGINT, as_sigterm)
+    questions = itertools.count()
     try:
-        yield lambda step: "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else ""
+        yield lambda: "SIGTERM" if multihost_utils.reached_preemption_sync_point(next(questions)) else ""
     finally:
         signal.signal(signal.SIGINT, previous)
 
 
 def decided_by_primary(decide: Callable[[], Any]) -> Any:
-    """What decide() returns on process 0, a JSON value, for all processes; the UserError that it raises there, too."""
+    """What decide() returns on process 0, a JSON value, for all processes; the UserError that it raises there, too.
+
+    It may take long: the others wait for it.
+    """
     answer = {}
     if jax.process_index() == 0:
         try:

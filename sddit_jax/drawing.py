@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -18,6 +19,8 @@ from sddit_jax.errors import Interrupted, UserError
 from sddit_jax.reporting import Progress, save_labelled_grid
 from sddit_jax.sampling.decoding import Decode
 from sddit_jax.sampling.sampler import Sample, gather, make_draw, make_generate
+
+log = logging.getLogger("sddit_jax")
 
 STRIP_ROWS = 4
 STRIP_COLUMNS = 10
@@ -45,19 +48,25 @@ def draw_samples(model: Model, folder: SampleFolder) -> None:
     """Draws the batches that a folder lacks, and completes it. All processes call this; process 0 alone writes.
 
     A batch is always computed whole and with the same indices, whatever part of it is asked for: so the bits of an
-    image do not depend on how the work was cut. The devices compute a batch while the one before is written.
+    image do not depend on how the work was cut. It is filled up to a multiple of the devices with the images behind it,
+    which are not kept. The devices compute a batch while the one before is written.
 
     Raises:
       UserError: the folder holds other samples, or cannot be written.
       Interrupted: by a signal; the batches that were being computed are kept.
     """
-    primary = jax.process_index() == 0
     label_N = model.labels(folder.indices)
+    filled = folder.batch_size + -folder.batch_size % model.mesh.size
     draw = make_draw(model.sample(), model.mesh, model.decode)
     missing = decided_by_primary(folder.begin)
+    if missing and filled > folder.batch_size:
+        log.warning(
+            "batches of %d take as long as batches of %d: %d devices compute equally many each",
+            folder.batch_size, filled, model.mesh.size,
+        )  # fmt: skip
     total = len(folder.indices)
     done = already = total - sum(len(folder.own(start)) for start in missing)
-    progress = Progress(total, done, primary=primary, unit="image")
+    progress = Progress(total, done, primary=jax.process_index() == 0, unit="image")
     began = time.monotonic()
     waiting: collections.deque[tuple[int, jax.Array]] = collections.deque()
 
@@ -65,31 +74,29 @@ def draw_samples(model: Model, folder: SampleFolder) -> None:
         nonlocal done
         start, images = waiting.popleft()
         images_BHWC = gather(images)
-        if primary:
-            folder.write(start, images_BHWC)
+        decided_by_primary(lambda: folder.write(start, images_BHWC))
         done += len(folder.own(start))
         progress.show(done, f"{(done - already) / (time.monotonic() - began):.4g} images/s")
 
     with stop_requests() as stopped_by, closing(progress):
 
-        def check(number: int) -> None:
-            if stopped := stopped_by(number):
+        def check() -> None:
+            if stopped := stopped_by():
                 while waiting:
                     keep()
                 raise Interrupted(f"{stopped}: {done} of {total} images are in {folder.path}; the same command goes on")
 
-        for number, start in enumerate(missing):
-            check(number)
-            batch = range(start, start + folder.batch_size)
+        for start in missing:
+            check()
+            batch = range(start, start + filled)
             waiting.append((start, draw(model.params, model.seed, np.array(batch), model.labels(batch))))
             if len(waiting) > 1:
                 keep()
         while waiting:
             keep()
-        if primary:
-            # Several processes agree on signals, for which all would have to ask.
-            alone = jax.process_count() == 1
-            folder.finish(label_N, lambda: check(0) if alone else None)
+        # Several processes agree on signals, for which all would have to ask.
+        alone = jax.process_count() == 1
+        decided_by_primary(lambda: folder.finish(label_N, lambda: check() if alone else None))
 
 
 def draw_strip(model: Model, first: int, path: Path, record: dict[str, Any]) -> None:
@@ -132,9 +139,10 @@ def _save(
     path: Path,
     record: dict[str, Any],
 ) -> None:
-    if jax.process_index() != 0:
-        return
-    try:
-        save_labelled_grid(images_RCHWC, rows, columns, corner, path, json.dumps(record))
-    except OSError as error:
-        raise UserError(f"{path} could not be written: {error}") from error
+    def save() -> None:
+        try:
+            save_labelled_grid(images_RCHWC, rows, columns, corner, path, json.dumps(record))
+        except OSError as error:
+            raise UserError(f"{path} could not be written: {error}") from error
+
+    decided_by_primary(save)

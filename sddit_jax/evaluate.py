@@ -1,8 +1,8 @@
 """Evaluates images: python -m sddit_jax.evaluate --samples=DIR/samples.npz --reference=REF.npz --inception=FILE.
 
 FID, sFID, Inception Score, precision, recall and KID, in a table, and in DIR/samples.evaluation.json with every
-condition. --samples may be a folder of images, --reference is one of ADM's files (VIRTUAL_imagenet256_labeled.npz), of
-images alone (arr_0), or what this command writes from images of any source:
+condition. --samples may be a folder of images, or one that `sample` wrote to; --reference is one of ADM's files
+(VIRTUAL_imagenet256_labeled.npz), of images alone (arr_0), or what this command writes from images of any source:
 
     python -m sddit_jax.evaluate --source=folder:PATH --resolution=256 --inception=FILE --write_reference=REF.npz
 
@@ -23,11 +23,12 @@ from sddit_jax.data.sources import open_source
 from sddit_jax.errors import UserError
 from sddit_jax.evaluating import (
     METRICS,
+    check_output,
     evaluate,
+    find_samples,
     full_record,
     measure_set,
     open_reference,
-    read_sidecar,
     table,
     write_reference,
 )
@@ -44,6 +45,9 @@ CHOSEN = flags.DEFINE_list("metrics", [], f"Some of {','.join(METRICS)}. Left ou
 OUTPUT = flags.DEFINE_string("output", None, "File for the results. Left out: SAMPLES.evaluation.json.")
 WRITE = flags.DEFINE_string("write_reference", None, "File for the statistics of --source; ends in .npz.")
 SOURCE = flags.DEFINE_string("source", None, "Images: digits, folder:PATH, tfds:NAME or npz:PATH.")
+KEEP = flags.DEFINE_integer(
+    "keep_features", 10_000, "Images of --source, evenly chosen, whose features --write_reference keeps.", lower_bound=0
+)
 SPLIT = flags.DEFINE_string("split", "train", "Which of them; for tfds also a slice, such as train[:10%].")
 RESOLUTION = flags.DEFINE_integer("resolution", None, "Side to which images of --source are cropped, as ADM does.", 1)
 DOWNLOAD = flags.DEFINE_bool("download", False, "Let TensorFlow Datasets prepare what is missing of tfds:NAME.")
@@ -68,22 +72,22 @@ def main() -> None:
         space = open_space(FEATURES.value, INCEPTION.value, mesh, BATCH_SIZE.value)
         _write_reference(images, space)
         return
-    path = Path(SAMPLES.value).expanduser()
+    path, made = find_samples(SAMPLES.value)
+    output = Path(OUTPUT.value or path.parent / f"{path.stem}.evaluation.json").expanduser()
+    check_output(output)
     images = open_image_set(path, NUM_THREADS.value)
-    read_sidecar(path)
     space = open_space(FEATURES.value, INCEPTION.value, mesh, BATCH_SIZE.value)
-    reference = open_reference(REFERENCE.value, space, CHOSEN.value or METRICS, BATCH_SIZE.value)
+    reference = open_reference(REFERENCE.value, space, images.shape, BATCH_SIZE.value, CHOSEN.value or None)
     samples = measure_set(space, images, BATCH_SIZE.value, f"samples {path}", keep=True)
-    record = full_record(path, samples, reference, space, evaluate(samples, reference, space, CHOSEN.value or None))
+    record = full_record(path, made, samples, reference, space, evaluate(samples, reference, space))
     if jax.process_index() != 0:
         return
-    output = Path(OUTPUT.value).expanduser() if OUTPUT.value else path.with_name(f"{path.stem}.evaluation.json")
+    for line in table(record):
+        log.info("%s", line)
     try:
         output.write_text(json.dumps(record, indent=2))
     except OSError as error:
-        raise UserError(f"--output={output} could not be written: {error}") from error
-    for line in table(record):
-        log.info("%s", line)
+        raise UserError(f"{output} could not be written: {error}") from error
     log.info("with all conditions: %s", output)
 
 
@@ -113,7 +117,7 @@ def _write_reference(images: ImageSet, space: FeatureSpace) -> None:
     record = {"source": SOURCE.value, "split": SPLIT.value, "crop": "ADM's center crop"}
     if SOURCE.value.startswith("npz:"):
         record = {"source": SOURCE.value}
-    count = write_reference(WRITE.value, space, images, record, BATCH_SIZE.value)
+    count = write_reference(WRITE.value, space, images, record, BATCH_SIZE.value, KEEP.value)
     log.info("statistics of %s of %d images in %s", space.name, count, WRITE.value)
 
 

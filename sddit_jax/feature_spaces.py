@@ -49,7 +49,7 @@ class Measured(NamedTuple):
     """What is known of a set of images.
 
     shape: [H, W, C] of an image. pixels_sha256: of all images, one after the other, whatever file they are from.
-    moments, spatial: of the features. pool_ND, logits_NK: of every image, if they were to be kept.
+    moments, spatial: of the features. pool_ND, logits_NK: of the images whose features were to be kept.
     """
 
     count: int
@@ -134,12 +134,13 @@ def measure(
     space: FeatureSpace,
     batches: Iterator[np.ndarray],
     *,
-    keep: bool,
+    keep: bool | np.ndarray,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> Measured:
     """Goes through batches of images [B, H, W, C] once.
 
-    keep: the features and logits of all images, not their moments alone. on_batch(count) is called as images are done.
+    keep: whether the features and logits are kept too, not their moments alone; for each image, bool [N], or for all.
+    on_batch(count) is called as images are done.
 
     Raises:
       DataError: fewer than 2 images, images of different shapes, or what `batches` and the features raise.
@@ -158,13 +159,15 @@ def measure(
             yield image_BHWC
 
     for found in _computed(space, checked()):
-        count += len(found.pool_BD)
         pool.add(found.pool_BD)
         if found.spatial_BD is not None:
             spatial.add(found.spatial_BD)
-        if keep:
-            kept.append(found.pool_BD)
-            logits += [] if found.logits_BK is None else [found.logits_BK]
+        batch = slice(count, count + len(found.pool_BD))
+        count = batch.stop
+        chosen_B = keep[batch] if isinstance(keep, np.ndarray) else np.full(len(found.pool_BD), keep)
+        if chosen_B.any():
+            kept.append(found.pool_BD[chosen_B])
+            logits += [] if found.logits_BK is None else [found.logits_BK[chosen_B]]
         on_batch(count)
     if count < 2:
         raise DataError(f"{count} images have no covariance; at least 2 are needed")

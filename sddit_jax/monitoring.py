@@ -4,7 +4,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from sddit_jax.distributed import decided_by_primary
 from sddit_jax.errors import CheckpointError, ConfigError
-from sddit_jax.evaluating import (
-    check_dimension,
-    check_resolution,
-    distance_name,
-    few_images_warnings,
-    open_reference,
-)
+from sddit_jax.evaluating import distance_name, few_images_warnings, open_reference
 from sddit_jax.feature_spaces import measure, open_space
 from sddit_jax.metrics import frechet_distance
 from sddit_jax.sampling.decoding import Decode
@@ -49,8 +44,8 @@ class Monitor:
     """Measures a distance with the EMA weights every `config.eval.every` steps. All processes make the same calls.
 
     The same noise and labels each time. WORKDIR/best.json has the step with the lowest distance, all distances, and
-    their conditions; with other conditions it starts anew. What it has of steps after `start`, which will be measured
-    again, is dropped.
+    their conditions; with other conditions it starts anew. What it has of steps after `start`, which will come again,
+    is dropped.
 
     Raises (when made): ConfigError, DataError or WeightsError for what could not be measured.
     """
@@ -62,11 +57,11 @@ class Monitor:
         self._eval, self._seed = config.eval, config.seed
         self._label_N = balanced_labels(config.eval.num_samples, config.model.num_classes)
         self._space = open_space(config.eval.features, config.eval.inception, mesh, _BATCH_SIZE)
-        self._reference = open_reference(config.eval.reference, self._space, ("fid",), _BATCH_SIZE)
+        shape = self._shape_of_samples(parts, codec.get("factor") or 1)
+        self._reference = open_reference(config.eval.reference, self._space, shape, _BATCH_SIZE, ("fid",))
         self.name = f"eval/{distance_name(self._space)}"
         sample = make_sample(parts.network, parts.diffusion, parts.codec, config.sampling)
         self._generate = make_generate(sample, mesh, min(config.batch_size, config.eval.num_samples), decode)
-        self._check_images(codec.get("factor") or 1, parts)
 
         sampling = {k: v for k, v in dataclasses.asdict(config.sampling).items() if k not in ("every", "grid")}
         self._path = workdir / BEST
@@ -78,7 +73,8 @@ class Monitor:
             "features": {k: v for k, v in self._space.record.items() if k != "weights"},
             "reference_sha256": self._reference.record["sha256"],
         }
-        self._distances = {step: distance for step, distance in self._read().items() if step <= start}
+        found = decided_by_primary(self._read).items()
+        self._distances = {int(step): distance for step, distance in found if int(step) <= start}
 
     @property
     def best(self) -> int | None:
@@ -87,19 +83,25 @@ class Monitor:
 
     def due(self, step: int) -> bool:
         """Whether the step is one to measure."""
-        return step % self._eval.every == 0
+        return step > 0 and step % self._eval.every == 0
 
-    def measure(self, ema: Any, step: int) -> dict[str, float]:
-        """Samples, and returns the distance as `self.name`, and the seconds that it took."""
+    def measure(self, ema: Any, step: int, check: Callable[[], None]) -> dict[str, float]:
+        """Samples, and returns the distance as `self.name`, and the seconds that it took.
+
+        A distance that best.json has is returned without them. `check`, which may raise, is called between batches;
+        then nothing is kept.
+        """
+        if step in self._distances:
+            return {self.name: self._distances[step]}
         # What training still computes is not the time of this.
         jax.block_until_ready(ema)
         began = time.monotonic()
         sampling_seconds: list[float] = []
-        measured = measure(self._space, self._batches(ema, sampling_seconds), keep=False)
+        measured = measure(self._space, self._batches(ema, sampling_seconds, check), keep=False)
         distance = frechet_distance(*measured.moments.finalise(), *self._reference.pool)
         if not self._distances:
-            for words in few_images_warnings(measured.moments, self._reference):
-                log.warning("%s: %s", self.name, words)
+            for words in few_images_warnings(self.name, measured.moments, self._reference.pool, self._reference.count):
+                log.warning("%s", words)
         # Every process computes it, so that none waits; one decides, so that all keep the same checkpoint.
         words_2 = multihost_utils.broadcast_one_to_all(np.array([distance]).view(np.uint32))
         distance = float(np.asarray(words_2).view(np.float64)[0])
@@ -117,35 +119,39 @@ class Monitor:
             "perf/eval_sampling_seconds": sum(sampling_seconds),
         }
 
-    def _batches(self, ema: Any, seconds: list[float]) -> Iterator[np.ndarray]:
+    def _batches(self, ema: Any, seconds: list[float], check: Callable[[], None]) -> Iterator[np.ndarray]:
         """The samples, and how long each batch of them took."""
         index_N = np.arange(len(self._label_N))
         for start in range(0, len(index_N), _BATCH_SIZE):
+            check()
             began = time.monotonic()
             part = slice(start, start + _BATCH_SIZE)
             images_BHWC = self._generate(ema, self._seed, self._label_N[part], index_N[part])
             seconds.append(time.monotonic() - began)
             yield images_BHWC
 
-    def _check_images(self, factor: int, parts: Parts) -> None:
+    def _shape_of_samples(self, parts: Parts, factor: int) -> tuple[int, int, int, int]:
         m = parts.config.model
         side, channels = m.image_size * factor, 3 if parts.config.codec.name == "latents" else m.channels
         if channels not in (1, 3):
             raise ConfigError(f"eval.every is {self._eval.every}, but images of {channels} channels are not compared")
-        check_resolution(self._reference, side, side)
-        found = self._space.function(np.zeros((1, side, side, channels), np.uint8))
-        check_dimension(self._reference, found.pool_BD.shape[1])
+        return len(self._label_N), side, side, channels
 
-    def _read(self) -> dict[int, float]:
+    def _read(self) -> dict[str, float]:
         if not self._path.exists():
             return {}
         try:
             saved = json.loads(self._path.read_text())
-            found, distances = saved["conditions"], {int(k): float(v) for k, v in saved["distances"].items()}
+            found, distances = saved["conditions"], {str(int(k)): float(v) for k, v in saved["distances"].items()}
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{self._path} cannot be read: {error}; remove it to start comparing anew") from error
         if found != json.loads(json.dumps(self._conditions)):
-            log.warning("%s has distances under other conditions; steps are compared anew", self._path)
+            lost = f"checkpoint {min(distances, key=distances.get)}" if distances else "no checkpoint"
+            log.warning(
+                "%s has distances under other conditions: steps are compared anew, and %s, which had the lowest, is no "
+                "longer kept for that: a later save may remove it. To keep it, stop now and copy it",
+                self._path, lost,
+            )  # fmt: skip
             return {}
         return distances
 

@@ -29,8 +29,8 @@ class MetricsLog:
     Biases is used when `wandb` has its arguments (`wandb.init(**wandb)`). Of several processes
     only the `primary` one writes.
 
-    Opening with `restored_step` (0 for a start from nothing) cuts the rows after that step, and the evaluation at the
-    end, which will be written again; None only drops what a killed process has left half-written.
+    Opening with `restored_step` (0 for a start from nothing) cuts the rows after that step, and the step's evaluations,
+    which will be written again; None only drops what a killed process has left half-written.
     """
 
     def __init__(
@@ -96,9 +96,7 @@ def _comes_again(row: dict[str, Any], restored_step: int | None) -> bool:
     """Whether a run that continues from `restored_step` will write the row itself."""
     if restored_step is None or row["step"] < restored_step:
         return False
-    # At the step itself this is the evaluation at the end; what is measured on the way is in a row of training.
-    at_the_end = "train/loss" not in row and any(key.startswith("eval/") for key in row)
-    return row["step"] > restored_step or at_the_end
+    return row["step"] > restored_step or any(key.startswith("eval/") for key in row)
 
 
 def _cut(path: Path, restored_step: int | None) -> None:

@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sddit_jax.codec import check_codec
 from sddit_jax.config import resolve
 from sddit_jax.data.sources import Source, held_out_split, open_source
 from sddit_jax.errors import DataError, UserError
@@ -249,10 +250,7 @@ def load_images(
 def _open(spec: str, split: str, config: Config, codec: Mapping[str, Any]) -> Source:
     m = config.model
     source = open_source(spec, split=split, image_size=m.image_size, channels=m.channels, download=config.data.download)
-    found = source.codec or {"name": "pixels"}
-    for key in ("name", "weights"):
-        if codec.get(key) is not None and found.get(key) != codec[key]:
-            raise DataError(f"{source.name} is of codec {key} {found.get(key)}, but the network learnt {codec[key]}")
+    check_codec("the network", codec, source.name, source.codec or {"name": "pixels"})
     if source.num_classes < 2:
         raise DataError(f"{source.name} has {source.num_classes} classes; a probe needs at least 2")
     return source

@@ -10,7 +10,8 @@ import jax
 from sddit_jax import config as config_lib
 from sddit_jax import sharding
 from sddit_jax.checkpoint import Checkpointer
-from sddit_jax.errors import CheckpointError, ConfigError, UserError
+from sddit_jax.codec import check_codec
+from sddit_jax.errors import CheckpointError, ConfigError
 from sddit_jax.models.transformer import Network
 from sddit_jax.sampling.guidance import check_guide
 from sddit_jax.schema import Config
@@ -76,9 +77,5 @@ def restore_guide(
     ema, meta = open_checkpoints(workdir).restore_ema(step=step)
     guide = config_lib.resolve(meta["config"])
     check_guide(config, guide)
-    own, other = codec.get("weights"), meta["codec"].get("weights")
-    if own and other and own != other:
-        raise UserError(
-            f"{workdir} learnt latents of the autoencoder {other}, but the network that it is to guide {own}"
-        )
+    check_codec(f"the guide {workdir}", meta["codec"], "what the network that it is to guide learnt", codec)
     return make_parts(guide).network, ema["default"], meta

@@ -65,7 +65,7 @@ SEED = flags.DEFINE_integer("seed", 0, "Image i is a function of seed, i and its
 BATCH_SIZE = flags.DEFINE_integer(
     "batch_size",
     64,
-    "Images computed at a time, over all devices; part of a batch takes as long as all.",
+    "Images computed at a time, over all devices: a multiple of them. Part of a batch takes as long as all.",
     lower_bound=1,
 )
 STEP = flags.DEFINE_integer("checkpoint_step", None, "Step of the checkpoint. Left out: the newest that is intact.")
@@ -101,10 +101,11 @@ def main() -> None:
         guide, weaker, guide_meta = restore_guide(workdir, config, meta["codec"], GUIDE_STEP.value)
         params, guide_record = (params, weaker), _origin(GUIDE.value, guide_meta)
     mesh = sharding.make_mesh(Parallel())
-    batch_size = BATCH_SIZE.value + -BATCH_SIZE.value % mesh.size
     indices = range(FIRST.value, FIRST.value + NUM_SAMPLES.value)
-    if indices.stop + batch_size > 2**31:
-        raise UserError(f"--first={FIRST.value} --num_samples={NUM_SAMPLES.value}: indices end at {2**31 - batch_size}")
+    # A batch may end behind the last image.
+    last = 2**31 - BATCH_SIZE.value - mesh.size
+    if indices.stop > last:
+        raise UserError(f"--first={FIRST.value} --num_samples={NUM_SAMPLES.value}: indices end at {last}")
     autoencoder = config.codec.autoencoder if VAE.value is None else VAE.value
     decode = load_decode(autoencoder, meta["codec"], mesh)
     model = Model(
@@ -122,7 +123,7 @@ def main() -> None:
         "seed": SEED.value,
         "first_index": indices.start,
         "count": len(indices),
-        "batch_size": batch_size,
+        "batch_size": BATCH_SIZE.value,
         "labels": LABELS.value,
         "sampler": {
             "name": config.sampling.solver,
@@ -147,7 +148,9 @@ def main() -> None:
     classes = _classes(config.model.num_classes) if CLASS_GRID.value else None
     output = Path(OUTPUT.value).expanduser()
     if indices:
-        folder = SampleFolder(output, record, _environment(), indices, batch_size, kind=kind, png=FORMAT.value == "png")
+        folder = SampleFolder(
+            output, record, _environment(), indices, BATCH_SIZE.value, kind=kind, png=FORMAT.value == "png"
+        )
         draw_samples(model, folder)
         log.info("%d images of step %d in %s", len(indices), meta["step"], output)
     if STRIP.value:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from sddit_jax import config as config_lib
 from sddit_jax import evaluation, sharding
 from sddit_jax.checkpoint import Checkpointer
+from sddit_jax.codec import check_codec
 from sddit_jax.data.loader import make_loader
 from sddit_jax.data.sources import Source, open_source
 from sddit_jax.distributed import stop_requests
@@ -55,7 +56,7 @@ def train(config: Config, workdir: Path) -> None:
     restored = checkpointer.restore(abstract)
     if restored is not None:
         state, meta = restored
-        _check_codec(workdir, meta["codec"], codec)
+        check_codec(f"the network of {workdir}", meta["codec"], source.name, codec)
     elif config.init_from:
         state = _started_from(Path(config.init_from).expanduser(), parts, codec, mesh, layout)
     else:
@@ -121,7 +122,7 @@ class _Run:
             everywhere = sharding.replicated(mesh)
             self.diagnose = jax.jit(lambda s, batch: evaluation.diagnose(parts, s, batch), out_shardings=everywhere)
 
-    def steps(self, state: State, start: int, layout: Any, stopped_by: Callable[[int], str]) -> State:
+    def steps(self, state: State, start: int, layout: Any, stopped_by: Callable[[], str]) -> State:
         """Steps start + 1 to config.steps. The device is never waited for: step k's metrics are read during k + 1."""
         config = self.config
         replicated = sharding.replicated(self.mesh)
@@ -139,6 +140,8 @@ class _Run:
         meter = _Meter(config, start, self.metrics_log)
         pending: tuple[int, dict[str, Any]] | None = None
         with closing(batches), closing(meter):
+            # The row of its distance was cut, and a run that was stopped before has none.
+            self._measure(meter, start, state, stopped_by)
             for step in range(start + 1, config.steps + 1):
                 began = time.monotonic()
                 try:
@@ -153,15 +156,9 @@ class _Run:
                     metrics |= self.diagnose(state, batch)
                 if pending is not None:
                     self._report(meter, *pending)
-                if self.monitor and self.monitor.due(step):
-                    # Before the step is saved: a run that continues from its checkpoint has its distance.
-                    measured = self.monitor.measure(state["ema"]["default"], step)
-                    meter.last_time += measured["perf/eval_seconds"]
-                    self.checkpointer.pin(self.monitor.best)
-                    metrics |= measured
                 pending = step, metrics
                 diverged = meter.skipped >= config.optimizer.max_skipped
-                stopped = stopped_by(step)
+                stopped = stopped_by()
                 if step % config.checkpoint.every == 0 or step == config.steps or stopped or diverged:
                     # Rows first: a run killed in between would continue after the checkpoint and lack them.
                     self._report(meter, *pending)
@@ -171,8 +168,8 @@ class _Run:
                     self.checkpointer.wait()
                     raise self._diverged(step, meter.skipped)
                 if stopped:
-                    self.checkpointer.wait()
-                    raise Interrupted(f"{stopped}: saved step {step} in {self.workdir}; the same command continues")
+                    self._leave(stopped, step)
+                self._measure(meter, step, state, stopped_by)
                 if config.sampling.every and step % config.sampling.every == 0 and step < config.steps:
                     self._sample_grid(state, step)
             self.checkpointer.wait()
@@ -181,6 +178,24 @@ class _Run:
         if bad := int(multihost_utils.process_allgather(np.array([len(self.source.bad_files)])).sum()):
             log.warning("%d images could not be read; others were used in their place", bad)
         return state
+
+    def _measure(self, meter: "_Meter", step: int, state: State, stopped_by: Callable[[], str]) -> None:
+        """Measures the distance of a step that is due, which is saved: so a request to stop need not wait for it."""
+        if self.monitor is None or not self.monitor.due(step):
+            return
+
+        def check() -> None:
+            if stopped := stopped_by():
+                self._leave(stopped, step)
+
+        measured = self.monitor.measure(state["ema"]["default"], step, check)
+        self.checkpointer.pin(self.monitor.best)
+        self.metrics_log.write(step, measured)
+        meter.last_time += measured.get("perf/eval_seconds", 0.0)
+
+    def _leave(self, stopped: str, step: int) -> NoReturn:
+        self.checkpointer.wait()
+        raise Interrupted(f"{stopped}: saved step {step} in {self.workdir}; the same command continues")
 
     def _save_before_leaving(
         self, meter: "_Meter", pending: tuple[int, dict[str, Any]] | None, step: int, state: State
@@ -240,7 +255,7 @@ class _Meter:
     def report(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, float]:
         """Reads one step's metrics, for a row if it is time for one or the step was skipped; the row, or nothing."""
         was_skipped, self.skipped = self.skipped, int(metrics["train/skipped"])
-        measured = any(key.endswith("/information") or key.startswith("eval/") for key in metrics)
+        measured = any(key.endswith("/information") for key in metrics)
         due = step % self.config.log.every == 0 or step in (1, self.config.steps) or measured
         if not (due or self.skipped):
             return {}
@@ -302,20 +317,10 @@ def _open_source(config: Config) -> Source:
     return source
 
 
-def _check_codec(run: Path, learnt: dict[str, Any], codec: dict[str, Any]) -> None:
-    """Raises CheckpointError if a run's network learnt what another codec, or another autoencoder, makes of images."""
-    for key in ("name", "weights", "factor", "channels", "pixel_range"):
-        # Weights that come from another code say nothing of the autoencoder.
-        if learnt.get(key) is not None and codec.get(key) is not None and learnt[key] != codec[key]:
-            raise CheckpointError(
-                f"the network of {run} learnt data of codec {key} {learnt[key]}, but this data has {codec[key]}"
-            )
-
-
 def _started_from(run: Path, parts: Parts, codec: dict[str, Any], mesh: jax.sharding.Mesh, layout: Any) -> State:
     """A state at step 0 with the parameters and the EMA of another run's newest checkpoint."""
     config, state, meta = restore_run(run, mesh)
-    _check_codec(run, meta["codec"], codec)
+    check_codec(f"the network of {run}", meta["codec"], "the data of this run", codec)
     if config.model != parts.config.model:
         differences = [line for line in config_lib.identity_differences(config, parts.config) if "model." in line]
         raise CheckpointError(f"init_from {run} holds another model: {', '.join(differences)}")

@@ -2,7 +2,8 @@ import jax
 import numpy as np
 import pytest
 
-from sddit_jax.codec import LatentCodec, PixelCodec
+from sddit_jax.codec import LatentCodec, PixelCodec, check_codec
+from sddit_jax.errors import DataError
 
 
 @pytest.mark.parametrize(
@@ -59,3 +60,13 @@ def test_expected_is_the_mean_of_what_is_drawn():
     batch = {"image": np.arange(12, dtype=np.uint8).reshape(1, 2, 2, 3)}
     pixels = PixelCodec((0.1,), (0.5,))
     np.testing.assert_array_equal(pixels.expected(batch), pixels.clean(batch, jax.random.key(0)))
+
+
+@pytest.mark.parametrize("key", ["name", "weights", "factor", "channels", "pixel_range"])
+def test_data_of_another_codec_are_refused_and_what_is_not_known_is_not_compared(key):
+    learnt = {"name": "latents", "weights": "a", "factor": 8, "channels": 4, "pixel_range": [-1, 1], "scale": [0.2]}
+    check_codec("the network", learnt, "the data", learnt | {"scale": [0.3]})
+    check_codec("the network", learnt, "the data", learnt | {key: None})
+    check_codec("the network", {k: v for k, v in learnt.items() if k != key}, "the data", learnt)
+    with pytest.raises(DataError, match=f"the network learnt data of codec {key} .*, but the data has other"):
+        check_codec("the network", learnt, "the data", learnt | {key: "other"})

@@ -174,6 +174,32 @@ def test_two_processes_compute_what_one_does_with_tensors_that_span_them(tmp_pat
     assert_same_up_to_rounding(tmp_path / "two", tmp_path / "one")
 
 
+STOPPED = """
+import os, signal, time
+import jax
+from sddit_jax import cli, main, monitoring
+
+monitoring._BATCH_SIZE = 32
+make_generate, batches = monitoring.make_generate, []
+
+def stopping(*args, **kwargs):
+    generate = make_generate(*args, **kwargs)
+
+    def stop_in_the_first_batch(*args):
+        batches.append(args)
+        if len(batches) == 1 and jax.process_index() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        # JAX looks for signals once a second.
+        time.sleep(2)
+        return generate(*args)
+
+    return stop_in_the_first_batch
+
+monitoring.make_generate = stopping
+cli.run(main.main)
+"""
+
+
 @pytest.mark.slow
 def test_two_processes_measure_the_distances_of_one_and_keep_the_same_checkpoint(tmp_path):
     np.savez(tmp_path / "images.npz", arr_0=np.random.default_rng(0).integers(0, 256, (80, 8, 8, 1)).astype(np.uint8))
@@ -192,7 +218,20 @@ def test_two_processes_measure_the_distances_of_one_and_keep_the_same_checkpoint
     best = min(of_two, key=of_two.get)
     assert json.loads((workdirs[0] / "best.json").read_text())["step"] == best
     steps = Checkpointer(workdirs[0] / "checkpoints", read_only=True).all_steps()
-    assert steps == sorted({best, 20})
+    # What to keep was decided when 20 was saved, before its own distance.
+    assert steps == sorted({min((5, 10, 15), key=of_two.get), 20})
+    # Stopped by a signal to one of them in the midst of the first distance, they go on to the same end.
+    stopped = tmp_path / "stopped"
+    done = two(sys.executable, "-c", STOPPED, TRAIN[-1], f"--workdir={stopped}", *changes)
+    assert done.returncode == 75, done.stdout
+    assert done.stdout.count("error: SIGTERM: saved step 5") == 2
+    assert not (stopped / "best.json").exists()
+    done = two(*TRAIN, f"--workdir={stopped}", *changes)
+    assert done.returncode == 0, done.stdout
+    assert rows(stopped) == rows(workdirs[0])
+    assert (stopped / "best.json").read_text() == (workdirs[0] / "best.json").read_text()
+    assert Checkpointer(stopped / "checkpoints", read_only=True).all_steps() == steps
+    assert saved_digests(stopped) == saved_digests(workdirs[0])
     # The command on two processes: one file of results, the same as that of one.
     arguments = ["--features=pixels", f"--samples={tmp_path}/images.npz", f"--reference={tmp_path}/images.npz"]
     found = []
@@ -384,6 +423,34 @@ def test_samples_of_two_processes_are_those_of_one(alone, tmp_path):
     assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 2
     names = ["class_grid.png", "grid.png", "samples.json", "samples.npz"]
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == names
+
+
+FULL = """
+import time
+from sddit_jax import cli, sample
+from sddit_jax.data.sample_files import SampleFolder
+from sddit_jax.errors import UserError
+
+def full(*args):
+    time.sleep({seconds})
+    raise UserError("no space left")
+
+SampleFolder.{method} = full
+cli.run(sample.main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "seconds"),
+    [("write", 0), pytest.param("finish", 5, marks=pytest.mark.slow)],
+)
+def test_a_disk_that_is_full_at_process_0_ends_all(alone, tmp_path, method, seconds):
+    done = two(
+        sys.executable, "-c", FULL.format(method=method, seconds=seconds), f"--workdir={alone}", f"--output={tmp_path}",
+        "--num_samples=16", "--batch_size=8", "--steps=2",
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout
+    assert done.stdout.count("error: no space left") == 2, done.stdout
 
 
 @pytest.mark.slow

@@ -344,9 +344,52 @@ def test_a_run_that_goes_on_measures_the_same_and_keeps_the_same(command, monito
     # Under other conditions the distances are not compared.
     done = command("main", *arguments, f"--workdir={workdir}", "--config.steps=50", "--config.eval.num_samples=70")
     assert done.returncode == 0, done.stderr
-    assert "compared anew" in done.stderr
-    assert json.loads((workdir / "best.json").read_text())["step"] == 50
-    assert checkpoint_steps(workdir) == [50]
+    assert "compared anew, and checkpoint 30, which had the lowest, is no longer kept" in done.stderr
+    assert list(json.loads((workdir / "best.json").read_text())["distances"]) == ["40", "50"]
+    # 40 was the best when 50 was saved.
+    assert checkpoint_steps(workdir) == [40, 50]
+
+
+STOPPED = """
+import os, signal
+from sddit_jax import cli, main, monitoring
+
+monitoring._BATCH_SIZE = 32
+make_generate, batches = monitoring.make_generate, []
+
+def stopping(*args, **kwargs):
+    generate = make_generate(*args, **kwargs)
+
+    def stop_in_the_second_batch_of_step_20(*args):
+        batches.append(args)
+        if len(batches) == 4 + 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert len(batches) <= 4 + 2
+        return generate(*args)
+
+    return stop_in_the_second_batch_of_step_20
+
+monitoring.make_generate = stopping
+cli.run(main.main)
+"""
+
+
+def test_stopped_while_it_measures_it_ends_as_if_never_stopped(command, environment, monitored, tmp_path):
+    reference, arguments = monitored
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED, *arguments, f"--workdir={tmp_path}"],
+        env=environment, cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 75, done.stderr
+    assert "error: SIGTERM: saved step 20" in done.stderr
+    assert checkpoint_steps(tmp_path)[-1] == 20
+    assert list(json.loads((tmp_path / "best.json").read_text())["distances"]) == ["10"]
+    done = command("main", *arguments, f"--workdir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert "from step 20 to 40" in done.stderr
+    assert rows(tmp_path) == rows(reference)
+    assert (tmp_path / "best.json").read_text() == (reference / "best.json").read_text()
+    assert checkpoint_steps(tmp_path) == checkpoint_steps(reference)
 
 
 def test_killed_between_distances_it_ends_as_if_never_killed(command, environment, monitored, tmp_path):

@@ -204,16 +204,36 @@ class TestDrawing:
         draw_samples(model, folder_of(tmp_path, indices, png=True))
         images, labels = np.load(whole / "samples.npz").values()
         lines = (tmp_path / "labels.txt").read_text().splitlines()
-        assert lines == [f"{i:06d}.png {labels[i]}" for i in indices]
+        assert lines == [f"{i:010d}.png {labels[i]}" for i in indices]
         assert sorted(path.name for path in (tmp_path / "images").iterdir()) == [line.split()[0] for line in lines]
         for i in indices:
-            np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "images" / f"{i:06d}.png")), images[i])
+            np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "images" / f"{i:010d}.png")), images[i])
         (tmp_path / "samples.json").unlink()
         (tmp_path / "parts").mkdir()
         (tmp_path / "parts" / "plan.json").write_text(json.dumps(RECORD))
-        (tmp_path / "images" / "000009.png").unlink()
+        (tmp_path / "images" / "0000000009.png").unlink()
         folder = folder_of(tmp_path, indices, png=True)
         assert folder.begin() == [8]
+
+    def test_begun_on_one_device_it_goes_on_on_four_with_a_warning(self, whole, tmp_path, monkeypatch, caplog):
+        write = SampleFolder.write
+
+        def twice(self, start, images):
+            if start == 12:
+                raise MemoryError
+            write(self, start, images)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(SampleFolder, "write", twice)
+            with pytest.raises(MemoryError):
+                draw_samples(make_model(1), folder_of(tmp_path, batch_size=6))
+        assert not caplog.messages
+        draw_samples(make_model(4), SampleFolder(tmp_path, RECORD, "4 x cpu", range(20), 6))
+        assert any("was begun on 1 x cpu and goes on on 4 x cpu" in message for message in caplog.messages)
+        assert any("batches of 6 take as long as batches of 8" in message for message in caplog.messages)
+        assert np.abs(images_of(tmp_path) - images_of(whole)).max() <= 2
+        record = json.loads((tmp_path / "samples.json").read_text())
+        assert record == RECORD | {"environments": ["1 x cpu", "4 x cpu"]}
 
 
 class TestFolder:
@@ -231,6 +251,39 @@ class TestFolder:
         (tmp_path / "latents.json").rename(tmp_path / "latents.npz")
         with pytest.raises(UserError, match=r"latents.npz, and no record"):
             folder_of(tmp_path).begin()
+
+    def test_a_damaged_picture_is_computed_again(self, tmp_path):
+        images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+
+        def missing() -> list[int]:
+            folder = folder_of(tmp_path, range(2), 1, png=True)
+            found = folder.begin()
+            folder._lock.close()
+            return found
+
+        folder = folder_of(tmp_path, range(2), 1, png=True)
+        for start in folder.begin():
+            folder.write(start, images[start : start + 1])
+        folder._lock.close()
+        assert missing() == []
+        picture = tmp_path / "images" / "0000000001.png"
+        content = picture.read_bytes()
+        for length in range(len(content)):
+            picture.write_bytes(content[:length])
+            assert missing() == [1], length
+        for place in range(8, len(content)):
+            picture.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            assert missing() == [1], place
+
+    def test_names_of_pictures_are_in_order(self, tmp_path):
+        indices = range(999_998, 1_000_003)
+        folder = folder_of(tmp_path, indices, 4, png=True)
+        for start in folder.begin():
+            values = np.arange(start, start + 4) % 256
+            folder.write(start, np.tile(values.astype(np.uint8)[:, None, None, None], (1, 8, 8, 1)))
+        folder.finish(np.arange(5, dtype=np.int32), lambda: None)
+        values = [np.asarray(Image.open(path))[0, 0] for path in sorted((tmp_path / "images").iterdir())]
+        assert values == [index % 256 for index in indices]
 
     def test_two_processes_do_not_write_to_one_folder(self, tmp_path):
         first = folder_of(tmp_path)
@@ -398,7 +451,7 @@ class TestCommand:
         arguments = ("--num_samples=3", "--first=3", "--labels=3,1", "--solver=euler", "--format=png")
         command(*arguments, f"--output={tmp_path}/b")
         for i in (3, 4, 5):
-            with Image.open(tmp_path / "b" / "images" / f"{i:06d}.png") as picture:
+            with Image.open(tmp_path / "b" / "images" / f"{i:010d}.png") as picture:
                 np.testing.assert_array_equal(np.asarray(picture), images[i, :, :, 0])
         error = command(*arguments, f"--output={tmp_path}/a", code=2)
         assert f"error: {tmp_path}/a holds other samples: count 6 instead of 3" in error

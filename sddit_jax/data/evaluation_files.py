@@ -6,12 +6,13 @@
 
 ADM's reference files hold 10,000 images and the statistics of the whole training set; FID and sFID are computed from
 the statistics, precision and recall from the images. Files of FID's first code have mu and sigma alone. The files that
-are written here have mu, sigma, mu_s and sigma_s, and two more:
+are written here have no images, but mu, sigma, mu_s and sigma_s, and three more:
 
     count              how many images the statistics are of
-    record             JSON: how they were made
+    features           pooled features of some of the images, float32 or float64 [K, 2048]: precision, recall, KID
+    record             JSON: how they were made; where it has them, `features` is an object and `image_shape` [H, W, C]
 
-Statistics of other features than Inception's have mu and sigma of another size, and no mu_s and sigma_s.
+Other features than Inception's have another size, and no mu_s and sigma_s.
 The files are not trusted: nothing is unpickled, and no array is read before its type and shape are known to be right.
 """
 
@@ -72,11 +73,15 @@ class Images(NamedTuple):
 
 
 class EvaluationFile(NamedTuple):
-    """What a file holds: `pool` for FID, `spatial` for sFID; None or, of `record`, empty for what it does not."""
+    """What a file holds; None or, of `record`, empty for what it does not.
+
+    pool, spatial: for FID and sFID. features_KD: pooled features of some of the images that `pool` is of.
+    """
 
     images: Images | None
     pool: Statistics | None
     spatial: Statistics | None
+    features_KD: np.ndarray | None
     count: int | None
     record: dict[str, Any]
 
@@ -103,19 +108,26 @@ def open_evaluation_file(path: str | os.PathLike[str], dimension: int | None = P
                 raise DataError(f"{path} is damaged, or not from NumPy: {member.filename} has a comment")
         if not names & {"arr_0", "mu"}:
             raise DataError(f"{path} has neither arr_0 (images) nor mu and sigma; it has {sorted(names) or 'nothing'}")
+        pool = _read_statistics(path, archive, names, "mu", "sigma", dimension)
         return EvaluationFile(
             _open_images(path, archive) if "arr_0" in names else None,
-            _read_statistics(path, archive, names, "mu", "sigma", dimension),
+            pool,
             _read_statistics(path, archive, names, "mu_s", "sigma_s", SPATIAL_FEATURES),
+            _read_features(path, archive, pool) if "features" in names else None,
             _read_count(path, archive) if "count" in names else None,
             _read_record(path, archive) if "record" in names else {},
         )
 
 
 def write_statistics(
-    path: str | os.PathLike[str], pool: Statistics, spatial: Statistics | None, count: int, record: dict[str, Any]
+    path: str | os.PathLike[str],
+    pool: Statistics,
+    spatial: Statistics | None,
+    features_KD: np.ndarray | None,
+    count: int,
+    record: dict[str, Any],
 ) -> None:
-    """Writes a file of statistics of `count` images. ADM's evaluator reads it too if they are Inception's, both.
+    """Writes a file of statistics of `count` images, and of the features of K of them.
 
     Raises DataError if it cannot.
     """
@@ -124,6 +136,8 @@ def write_statistics(
     arrays = {"mu": pool.mean_D, "sigma": pool.covariance_DD}
     if spatial is not None:
         arrays |= {"mu_s": spatial.mean_D, "sigma_s": spatial.covariance_DD}
+    if features_KD is not None:
+        arrays["features"] = features_KD
     try:
         with temporary.open("wb") as file:
             np.savez(file, **arrays, count=np.int64(count), record=json.dumps(record))
@@ -196,14 +210,31 @@ def _read_statistics(
                 f"{path}: {name} is {dtype} of shape {list(shape)}; it should be float64 or float32 of shape "
                 f"{list(wanted)}"
             )
-    found = Statistics(*(_read(archive, name).astype(np.float64) for name in (mean, covariance)))
-    for name, values in zip((mean, covariance), found, strict=True):
-        if bad := int((~np.isfinite(values)).sum()):
-            raise DataError(f"{path}: {name} has {bad} values that are not finite")
+    found = Statistics(*(_read_finite(path, archive, name).astype(np.float64) for name in (mean, covariance)))
     matrix = found.covariance_DD
     if np.abs(matrix - matrix.T).max() > 1e-6 * np.abs(matrix).max() or np.diagonal(matrix).min() < 0:
         raise DataError(f"{path}: {covariance} is no covariance: it is not symmetric, or has variances below 0")
     return found
+
+
+def _read_features(path: Path, archive: zipfile.ZipFile, pool: Statistics | None) -> np.ndarray:
+    if pool is None:
+        raise DataError(f"{path} has features without mu and sigma; they belong together")
+    shape, _, dtype = _header(path, archive, "features")
+    dimension = len(pool.mean_D)
+    if dtype not in (np.float32, np.float64) or len(shape) != 2 or shape[0] < 1 or shape[1] != dimension:
+        raise DataError(
+            f"{path}: features is {dtype} of shape {list(shape)}; it should be float32 or float64 of shape "
+            f"[K, {dimension}]"
+        )
+    return _read_finite(path, archive, "features")
+
+
+def _read_finite(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    values = _read(archive, name)
+    if bad := int((~np.isfinite(values)).sum()):
+        raise DataError(f"{path}: {name} has {bad} values that are not finite")
+    return values
 
 
 def _read_count(path: Path, archive: zipfile.ZipFile) -> int:
@@ -223,4 +254,9 @@ def _read_record(path: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
     record = json.loads(str(_read(archive, "record")))
     if not isinstance(record, dict):
         raise DataError(f"{path}: record holds a {type(record).__name__}; it should hold an object")
+    if not isinstance(features := record.get("features", {}), dict):
+        raise DataError(f"{path}: features of record is {features!r}; it should be an object")
+    image_shape = record.get("image_shape", [1, 1, 1])
+    if not isinstance(image_shape, list) or [type(side) for side in image_shape] != [int] * 3:
+        raise DataError(f"{path}: image_shape of record is {image_shape!r}; it should be [height, width, channels]")
     return record

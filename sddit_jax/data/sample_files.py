@@ -13,7 +13,9 @@ and the devices alone.
 """
 
 import fcntl
+import io
 import json
+import logging
 import os
 import shutil
 import zipfile
@@ -30,7 +32,10 @@ from PIL import Image
 from sddit_jax.errors import UserError
 from sddit_jax.reporting import save_grid
 
+log = logging.getLogger("sddit_jax")
+
 PNG_THREADS = 8
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 # Where things lie and what they were computed on may change while samples are drawn; these follow from other keys, or
 # are kept as a list.
 _NOT_IDENTITY = ("workdir", "autoencoder", "environments")
@@ -91,7 +96,16 @@ class SampleFolder:
                 file.write(_json(self._record))
             if self._png:
                 self._product.mkdir(exist_ok=True)
-            return [start for start in self.starts if not self._is_there(start)]
+            with ThreadPoolExecutor(PNG_THREADS) as pool:
+                there = pool.map(self._is_there, self.starts)
+                missing = [start for start, found in zip(self.starts, there, strict=True) if not found]
+            before = self._record["environments"][:-1]
+            if before and missing:
+                log.warning(
+                    "%s was begun on %s and goes on on %s: images may differ by rounding from those of one of them",
+                    self.path, " and ".join(before), self._record["environments"][-1],
+                )  # fmt: skip
+            return missing
 
     def write(self, start: int, images_BHWC: np.ndarray) -> None:
         """Keeps a batch, of which the rows that are not asked for are left out."""
@@ -139,8 +153,8 @@ class SampleFolder:
             if keys:
                 words = ", ".join(f"{key} {flat.get(key)!r:.60} instead of {own.get(key)!r:.60}" for key in keys[:5])
                 raise UserError(f"{self.path} holds other samples: {words}; use another --output")
-            environments = found.get("environments", [])
-            self._record["environments"] = list(dict.fromkeys(environments + self._record["environments"]))
+            before = [each for each in found.get("environments", []) if each not in self._record["environments"]]
+            self._record["environments"] = before + self._record["environments"]
         unknown = [name for name in ("samples.npz", "latents.npz", "images") if (self.path / name).exists()]
         if unknown and not records:
             raise UserError(f"{self.path} holds {unknown[0]}, and no record of how it was made; use another --output")
@@ -154,7 +168,7 @@ class SampleFolder:
 
     def _is_there(self, start: int) -> bool:
         if self._png:
-            return all((self._product / _png_name(index)).exists() for index in self.own(start))
+            return all(_is_whole_png(self._product / _png_name(index)) for index in self.own(start))
         try:
             return len(np.load(self._part(start), mmap_mode="r", allow_pickle=False)) == len(self.own(start))
         except (OSError, ValueError):
@@ -211,7 +225,19 @@ class SampleFolder:
 
 
 def _png_name(index: int) -> str:
-    return f"{index:06d}.png"
+    """Ten digits hold every index: so the names of several jobs together are in order."""
+    return f"{index:010d}.png"
+
+
+def _is_whole_png(path: Path) -> bool:
+    try:
+        content = path.read_bytes()
+        with Image.open(io.BytesIO(content)) as image:
+            # The checksum of every chunk but the last, which is always the same.
+            image.verify()
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return content.endswith(_PNG_END)
 
 
 def _json(value: dict[str, Any]) -> bytes:

@@ -48,7 +48,8 @@ def make_sample(
     shape = (m.image_size, m.image_size, m.channels)
     sigmas = schedule(diffusion, sampling)
     # How far a level is raised depends on the number of all steps.
-    raised = solvers.churned_levels(sigmas, sampling.s_churn, sampling.s_min, sampling.s_max)[:levels]
+    churn = sampling.s_churn, sampling.s_min, sampling.s_max
+    raised = solvers.churned_levels(sigmas, *churn, diffusion.highest)[:levels]
     if levels is not None:
         sigmas = np.append(sigmas[:levels], np.float32(0))
     # A variance-preserving diffusion starts from unit variance in all, the image included.

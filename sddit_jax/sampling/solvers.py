@@ -38,14 +38,18 @@ def respaced_levels(steps: int, diffusion: DDPM) -> np.ndarray:
     return np.append(diffusion.sigmas[chosen][::-1], np.float32(0))
 
 
-def churned_levels(sigmas: np.ndarray, s_churn: float, s_min: float, s_max: float) -> np.ndarray:
+def churned_levels(
+    sigmas: np.ndarray, s_churn: float, s_min: float, s_max: float, highest: float = np.inf
+) -> np.ndarray:
     """The level to which `stochastic` raises each but the last of `sigmas` (Karras et al. 2022, Algorithm 2).
 
-    sigma (1 + min(s_churn / steps, 2^(1/2) - 1)) where s_min <= sigma <= s_max, elsewhere sigma: float32 [steps].
+    sigma (1 + min(s_churn / steps, 2^(1/2) - 1)) where s_min <= sigma <= s_max, elsewhere sigma: float32 [steps]. None
+    is raised above `highest`.
     """
     levels = np.float64(sigmas[:-1])
     gamma = min(s_churn / len(levels), 2**0.5 - 1)
-    return np.where((s_min <= levels) & (levels <= s_max), levels * (1 + gamma), levels).astype(np.float32)
+    raised = np.maximum(levels, np.minimum(levels * (1 + gamma), highest))
+    return np.where((s_min <= levels) & (levels <= s_max), raised, levels).astype(np.float32)
 
 
 def heun(denoise: Denoise | Piecewise, noise_BHWC: jax.Array, sigmas: np.ndarray) -> jax.Array:

@@ -74,18 +74,21 @@ def test_files_of_images_alone_and_of_fid_alone(adm, tmp_path):
 def test_what_is_written_is_read(pool, spatial, tmp_path):
     path = tmp_path / "statistics.npz"
     record = {"inception": "6726825d", "images": "a folder, cropped", "ü": [1, None]}
-    write_statistics(path, pool, spatial, 1_281_167, record)
+    features = np.random.default_rng(3).normal(size=(5, 2048)).astype(np.float32)
+    write_statistics(path, pool, spatial, features, 1_281_167, record)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
     opened = open_evaluation_file(path)
     assert (opened.count, opened.record, opened.images) == (1_281_167, record, None)
     for found, expected in ((opened.pool, pool), (opened.spatial, spatial)):
         np.testing.assert_array_equal(found.mean_D, expected.mean_D)
         np.testing.assert_array_equal(found.covariance_DD, expected.covariance_DD)
-    # As ADM's evaluator opens it.
+    assert opened.features_KD.dtype == np.float32
+    np.testing.assert_array_equal(opened.features_KD, features)
+    # By ADM's names.
     with np.load(path) as file:
         np.testing.assert_array_equal(file["sigma_s"], spatial.covariance_DD)
     with pytest.raises(DataError, match="could not be written"):
-        write_statistics(tmp_path / "no folder" / "x.npz", pool, spatial, 5, {})
+        write_statistics(tmp_path / "no folder" / "x.npz", pool, spatial, None, 5, {})
 
 
 class Runs:
@@ -103,6 +106,10 @@ def with_nan(values):
     values = values.copy()
     values.flat[:2] = np.nan, np.inf
     return values
+
+
+def with_features(arrays, features):
+    return {"mu": arrays["mu"], "sigma": arrays["sigma"], "features": features}
 
 
 @pytest.mark.parametrize(
@@ -131,7 +138,18 @@ def with_nan(values):
         (lambda a: {"arr_0": IMAGES, "count": 1}, "count is 1; a covariance is of at least 2 images"),
         (lambda a: {"arr_0": IMAGES, "count": 2.5}, "count is float64"),
         (lambda a: {"arr_0": IMAGES, "count": np.array([5])}, r"count is int64 of shape \[1\]"),
+        (lambda a: {"arr_0": IMAGES, "features": np.ones((5, 2048))}, "features without mu and sigma"),
+        (lambda a: with_features(a, np.ones((5, 2047))), r"features is float64 of shape \[5, 2047\]; .* \[K, 2048\]"),
+        (lambda a: with_features(a, np.ones((0, 2048))), r"features is float64 of shape \[0, 2048\]"),
+        (lambda a: with_features(a, np.ones((5, 2048), int)), "features is int64"),
+        (lambda a: with_features(a, np.array([Runs()], object)), "features holds pickled objects"),
+        (lambda a: with_features(a, with_nan(np.ones((5, 2048)))), "features has 2 values that are not finite"),
         (lambda a: {"arr_0": IMAGES, "record": "[1]"}, "record holds a list"),
+        (lambda a: {"arr_0": IMAGES, "record": "null"}, "record holds a NoneType"),
+        (lambda a: {"arr_0": IMAGES, "record": '{"features": 7}'}, "features of record is 7; it should be an object"),
+        (lambda a: {"arr_0": IMAGES, "record": '{"features": null}'}, "features of record is None"),
+        (lambda a: {"arr_0": IMAGES, "record": '{"image_shape": [8, "8", 3]}'}, "image_shape of record is .*height"),
+        (lambda a: {"arr_0": IMAGES, "record": '{"image_shape": 8}'}, "image_shape of record is 8"),
         (lambda a: {"arr_0": IMAGES, "record": "{"}, "is not an intact npz file: JSONDecodeError"),
         (lambda a: {"arr_0": IMAGES, "record": 7}, "record is int64"),
         (lambda a: {"pool": np.ones(3)}, r"neither arr_0 .* nor mu and sigma; it has \['pool'\]"),

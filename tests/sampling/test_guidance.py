@@ -89,6 +89,44 @@ def test_the_program_has_the_products_of_the_passes_that_count(solver, guidance)
     assert counted(by_guide, (params, weaker), 3, label, label) == 3 * (len(levels) * own + guided * other)
 
 
+def scans(jaxpr):
+    """The number of steps of each loop of a jaxpr, in order."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            found.append(equation.params["length"])
+        else:
+            for value in equation.params.values():
+                inner = getattr(value, "jaxpr", value)
+                found += scans(inner) if hasattr(inner, "eqns") else []
+    return found
+
+
+@pytest.mark.parametrize(
+    ("solver", "interval", "loops"),
+    [
+        # Of the noise levels 80, 42.4, 21.1, 9.72, 4.07, 1.50, 0.470, 0.117, 0.0204 and 0.002 three are in (0.3, 5];
+        # a step of Heun's method with an end in and an end out is a loop of its own.
+        ("euler", (0.3, 5.0), [4, 3, 3]),
+        ("dpmpp_2m", (0.3, 0.0), [7, 3]),
+        ("heun", (0.3, 5.0), [3, 1, 2, 1, 2]),
+        ("heun", (0.0, 5.0), [3, 1, 5]),
+        ("heun", (90.0, 95.0), [9]),
+        ("heun", (0.0, 0.0), [9]),
+    ],
+)
+def test_an_interval_costs_a_loop_for_each_run_of_steps(solver, interval, loops):
+    sampling = Sampling(solver=solver, steps=10, guidance=1.5, guidance_interval=interval)
+    network = SimpleNamespace(image_size=4, channels=2, num_classes=4)
+
+    def call(params, x, c_noise, label):
+        return params * x
+
+    call.model = network
+    sample = make_sample(call, EDM(), CODEC, sampling)
+    assert scans(jax.make_jaxpr(sample)(0.7, 3, INDICES, LABELS).jaxpr) == loops
+
+
 @pytest.mark.parametrize("solver", ["heun", "euler", "stochastic", "dpmpp_2m"])
 def test_an_interval_is_what_a_mask_would_compute(solver):
     network, params = Counting(), 0.7
@@ -150,6 +188,34 @@ def test_autoguidance_moves_away_from_the_weaker_network(guidance, channels):
     assert guide.rows == [3]
 
 
+@pytest.mark.parametrize(("own", "other"), [(True, False), (False, True)])
+def test_a_learnt_variance_is_the_networks_own(own, other):
+    """With or without one the guide moves the mean, and what is behind the mean stays as it is."""
+
+    class Learnt(Counting):
+        def __init__(self, learnt):
+            super().__init__()
+            self.learnt = learnt
+
+        def __call__(self, params, x, c_noise, label):
+            mean = super().__call__(params, x, c_noise, label)
+            return jnp.concatenate([mean, jnp.cos(mean)], axis=-1) if self.learnt else mean
+
+    x, sigma, label = jax.random.normal(jax.random.key(0), (3, 4, 4, 2)), jnp.float32(0.5), jnp.asarray(LABELS)
+    network, guide = Learnt(own), Learnt(other)
+    worse = make_output(guide, DDPM(), 0.4, label, 1.0)
+    out = np.float64(make_output(network, DDPM(), 0.7, label, 2.0, 0, worse)(x, sigma))
+    plain = np.float64(make_output(network, DDPM(), 0.7, label, 1.0)(x, sigma))
+    weak = np.float64(worse(x, sigma))[..., :2]
+    assert out.shape == (3, 4, 4, 4 if own else 2)
+    np.testing.assert_allclose(out[..., :2], 2 * plain[..., :2] - weak, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(out[..., 2:], plain[..., 2:])
+    for solver in ("ddpm", "ddim"):
+        assert np.isfinite(
+            run(network, Sampling(solver=solver, steps=4, guidance=2.0), (0.7, 0.4), guide, DDPM())
+        ).all()
+
+
 @pytest.mark.parametrize("num_classes", [0, 4])
 def test_samples_by_a_weaker_network(num_classes):
     sampling = Sampling(steps=6, guidance=2.0, guidance_interval=(0.3, 5.0))
@@ -183,8 +249,11 @@ def test_a_smaller_network_of_another_method_guides():
     ("key", "value"),
     [
         ("model.image_size", 16),
+        ("model.channels", 4),
         ("model.num_classes", 5),
+        ("diffusion.name", "ddpm"),
         ("diffusion.sigma_data", 0.7),
+        ("codec.name", "latents"),
         ("codec.scale", (0.3,)),
     ],
 )
@@ -193,5 +262,7 @@ def test_what_cannot_guide_is_said(key, value):
     section, name = key.split(".")
     own = getattr(getattr(config, section), name)
     with pytest.raises(UserError) as error:
-        check_guide(config, tiny_config("sd_dit", {key: value}))
+        check_guide(
+            config, tiny_config("sd_dit", {key: value} | ({"data.source": "latents:x"} if value == "latents" else {}))
+        )
     assert f"the guide has {key} {value}, but the network that it is to guide {own}" in str(error.value)

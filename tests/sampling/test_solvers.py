@@ -9,7 +9,7 @@ from helpers import random_params, tiny_config
 from tiny import jit
 
 from sddit_jax.codec import LatentCodec, PixelCodec
-from sddit_jax.diffusion import EDM
+from sddit_jax.diffusion import DDPM, EDM
 from sddit_jax.models.transformer import Network
 from sddit_jax.sampling.guidance import make_denoise, make_output
 from sddit_jax.sampling.sampler import make_sample, schedule
@@ -151,6 +151,30 @@ def test_without_churn_stochastic_is_heun():
     # Nor is there any if no noise level is within its bounds.
     np.testing.assert_array_equal(smooth_samples(solver="stochastic", s_min=100.0, s_max=200.0), expected)
     assert abs(smooth_samples(solver="stochastic") - expected).max() > 0.1
+
+
+def test_no_level_is_raised_above_what_ddpm_has():
+    """Its last noise level is 157.4, which levels above 111.3 would pass."""
+    told = []
+
+    class Recording(DDPM):
+        def network_input(self, x_BHWC, sigma_B):
+            jax.debug.callback(lambda sigma: told.append(float(sigma)), sigma_B[0], ordered=True)
+            return super().network_input(x_BHWC, sigma_B)
+
+    def images(s_max):
+        sampling = Sampling(solver="stochastic", steps=20, s_churn=40.0, s_max=s_max)
+        sample = jax.jit(make_sample(Smooth(), Recording(), LatentCodec((0.0,), (1.0,)), sampling))
+        out = np.asarray(sample({}, 3, jnp.arange(5), jnp.zeros(5, jnp.int32)))
+        jax.effects_barrier()
+        return out
+
+    assert np.isfinite(images(1000.0)).all()
+    levels = np.float64(schedule(DDPM(), Sampling(solver="stochastic", steps=20)))
+    assert levels[1] * 2**0.5 > levels[0]
+    raised = np.minimum(levels[:-1] * 2**0.5, levels[0])
+    raised[levels[:-1] < 0.05] = levels[:-1][levels[:-1] < 0.05]
+    np.testing.assert_allclose(told, [s for pair in zip(raised, levels[1:], strict=True) for s in pair][:-1], rtol=1e-6)
 
 
 def test_each_solver_goes_through_the_levels_that_are_set():
