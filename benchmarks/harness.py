@@ -35,12 +35,15 @@ class Seconds:
 
 
 def measure(ways: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str, Seconds]:
-    """Each way is called once to warm up, and then `repetitions` times in turn; what it returns is waited for."""
-    for way in ways.values():
-        jax.block_until_ready(way())
+    """The ways take `repetitions` turns; what they return is waited for.
+
+    In each turn a way is called twice, and the second call counts: memory that a way has given back while the others
+    ran comes back slowly, above all in virtual machines, and a run of many steps does not wait for it.
+    """
     taken = {name: [] for name in ways}
     for _ in range(repetitions):
         for name, way in ways.items():
+            jax.block_until_ready(way())
             began = time.perf_counter()
             jax.block_until_ready(way())
             taken[name].append(time.perf_counter() - began)

@@ -4,11 +4,10 @@
 
 The same weights, data and threads. A step draws noise and masks, and updates parameters (AdamW, in PyTorch fused),
 EMA and teacher. PyTorch's does not update the discrimination's centers, whose cost is negligible. `products` are the
-matrix products that the step cannot do without (sddit_jax/flops.py), over its time, as a share of what one large product
+matrix products that the step cannot do without (sddit_jax/flops.py), over its time, as a share of what one large one
 reaches in the same run. Needs pip install -e '.[torch]', and for torch.compile a C++ compiler (--nocompiled).
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -41,7 +40,7 @@ def configuration(model: str, method: str) -> schema.Config:
     config = imagenet(256, f"size={model},method={method}")
     with config.unlocked():
         config.batch_size = BATCH_SIZE.value
-        config.model.dtype, config.model.remat, config.model.scan = "float32", "none", False
+        config.model.dtype, config.model.remat = "float32", "dots"
         config.parallel.data, config.parallel.fsdp = -1, 1
     return resolve(config)
 

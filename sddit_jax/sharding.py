@@ -7,7 +7,7 @@ and hidden channels. Optimiser state, EMAs and the teacher have their parameters
 import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from sddit_jax import schema
 from sddit_jax.errors import ConfigError
+from sddit_jax.models.layers import Constrain, unconstrained
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
@@ -109,13 +110,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def make_constrain(mesh: Mesh) -> Callable[[Any, str], Any]:
+def make_constrain(mesh: Mesh) -> Constrain:
     """The `constrain(x, kind)` that the network calls: what lies where while it computes.
 
     "tokens": [B, N, D], rows over the data and fsdp axes. "block": the parameters of one block, and "weights": a tree
     of parameters but for what is in blocks: gathered over fsdp where they are used, and their gradients scattered back
     as they are summed. (Left to itself the partitioner splits products and activations along the fsdp axis instead.)
+    On one device nothing is constrained.
     """
+    if mesh.size == 1:
+        return unconstrained
     tokens = NamedSharding(mesh, P(BATCH, None, None))
 
     def gather(path: tuple[Any, ...], leaf: jax.Array, of_block: bool) -> jax.Array:

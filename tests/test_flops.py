@@ -35,18 +35,21 @@ def traced_training(config, batch_size):
 
 
 def beside(config):
-    """What the step computes that `flops` leaves out: labels as products with one-hot rows, prototypes recomputed."""
+    """What the step computes that `flops` leaves out: labels as products with one-hot rows, and what it recomputes."""
     m, d = config.model, config.objectives.discrimination
-    label = 2 * (m.num_classes + (m.null_label == "row")) * m.width
-    if not d.weight:
-        return 2 * label
     tokens = (m.image_size // m.patch) ** 2
     visible = visible_count(tokens, config.masking.ratio)
-    padded = visible + -visible % min(d.chunk, visible)
-    logits = 2 * d.bottleneck * d.prototypes
-    # The loss recomputes the student's logits and the teacher's. Its last chunk of positions is padded.
-    recomputed = 2 * logits * (padded + m.cls_token)
-    return 3 * label + recomputed + 4 * logits * (padded - visible)
+    label = 2 * (m.num_classes + (m.null_label == "row")) * m.width
+    # Attention's backward pass computes its logits again.
+    total = 2 * m.depth * (visible + m.cls_token) ** 2 * m.width + 2 * label
+    if m.decoder_depth:
+        total += 2 * m.decoder_depth * tokens**2 * m.decoder_width
+    if d.weight:
+        padded = visible + -visible % min(d.chunk, visible)
+        logits = 2 * d.bottleneck * d.prototypes
+        # The loss recomputes the student's logits and the teacher's. Its last chunk of positions is padded.
+        total += label + 2 * logits * (padded + m.cls_token) + 4 * logits * (padded - visible)
+    return total
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -41,7 +41,7 @@ def make_twin(config: schema.Config, params: Any) -> pytorch.SDDiT:
 
 
 def make_teacher(config: schema.Config, params: Any, aux: Any) -> pytorch.Teacher:
-    """The PyTorch teacher of the discrimination's own state (teacher "own"), at the first temperature of its schedule."""
+    """The PyTorch teacher of the state of the discrimination (teacher "own"), at the schedule's first temperature."""
     whole = make_twin(config, {**params, **aux["teacher"]}).requires_grad_(False)
     d = config.objectives.discrimination
     scale = {kind: float(np.sqrt(v + 1e-8)) if d.standardise else 1.0 for kind, v in aux["variance"].items()}

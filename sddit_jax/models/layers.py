@@ -274,7 +274,9 @@ class Stack(nn.Module):
             return x_BND, x_BND if return_hidden else None
 
         params = self.param("blocks", init)
-        body = rematerialise(body, self.remat, prevent_cse=not self.scan)
+        # jax.checkpoint copies what it keeps, and on one device there is nothing to gather again.
+        if self.remat != "none" or self.constrain is not unconstrained:
+            body = rematerialise(body, self.remat, prevent_cse=not self.scan)
         if self.scan:
             return jax.lax.scan(body, x_BND, params)
         # lax.split's transpose is one concatenation; that of slicing adds `depth` arrays padded to full size.
