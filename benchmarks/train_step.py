@@ -8,59 +8,32 @@ matrix products that the step cannot do without (sddit_jax/flops.py), over its t
 reaches in the same run. Needs pip install -e '.[torch]', and for torch.compile a C++ compiler (--nocompiled).
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import harness
 import jax
-import numpy as np
+import models
 import torch
 from absl import flags
 
-from configs import digits
 from sddit_jax import cli, flops, schema
-from sddit_jax.config import resolve
 from sddit_jax.interop import pytorch
 from sddit_jax.interop.twin import make_teacher, make_twin, to_torch
 from sddit_jax.masking import visible_count
-from sddit_jax.recipes import imagenet
 from sddit_jax.state import make_parts
 from sddit_jax.train_step import make_train_step
 
 MODELS = flags.DEFINE_list("models", ["digits", "S/2", "B/4"], "digits, or sizes of latents of 256 pixels.")
 METHODS = flags.DEFINE_list("methods", ["dit", "maskdit", "sd_dit"], "Methods.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Images of a step; digits have their own.", lower_bound=1)
 COMPILED = flags.DEFINE_bool("compiled", True, "torch.compile too.")
 
 
-def configuration(model: str, method: str) -> schema.Config:
-    """In float32, unrolled, nothing recomputed: what is fastest on a CPU with memory enough."""
-    if model == "digits":
-        return resolve(digits.get_config(method))
-    config = imagenet(256, f"size={model},method={method}")
-    with config.unlocked():
-        config.batch_size = BATCH_SIZE.value
-        config.model.dtype, config.model.remat = "float32", "dots"
-        config.parallel.data, config.parallel.fsdp = -1, 1
-    return resolve(config)
-
-
-def random_batch(config: schema.Config) -> dict[str, np.ndarray]:
-    """As the loader gives it."""
-    m, rng = config.model, np.random.default_rng(0)
-    shape = (config.batch_size, m.image_size, m.image_size, m.channels)
-    label_B = rng.integers(0, m.num_classes, config.batch_size, np.int32)
-    if config.codec.name == "pixels":
-        return {"image": rng.integers(0, 256, shape, np.uint8), "label": label_B}
-    moments = rng.random((shape[0], 2, *shape[1:]), np.float32).astype(np.float16)
-    return {"moments": moments, "label": label_B}
-
-
-def jax_step(config: schema.Config, batch: dict[str, np.ndarray]) -> Callable[[], Any]:
+def jax_step(config: schema.Config, batch: dict[str, jax.Array]) -> Callable[[], Any]:
     """A step of ours, as train.py jits it."""
     parts = make_parts(config)
     step = jax.jit(make_train_step(parts), donate_argnums=0)
-    batch = jax.device_put(batch)
     state = jax.jit(parts.init_state)(jax.random.key(0))
 
     def run() -> Any:
@@ -71,7 +44,7 @@ def jax_step(config: schema.Config, batch: dict[str, np.ndarray]) -> Callable[[]
     return run
 
 
-def torch_step(config: schema.Config, batch: dict[str, np.ndarray], compiled: bool) -> Callable[[], None]:
+def torch_step(config: schema.Config, batch: dict[str, jax.Array], compiled: bool) -> Callable[[], None]:
     """The same step in PyTorch."""
     parts = make_parts(config)
     state = jax.jit(parts.init_state)(jax.random.key(0))
@@ -115,8 +88,8 @@ def torch_step(config: schema.Config, batch: dict[str, np.ndarray], compiled: bo
 
 def row(model: str, method: str) -> dict[str, Any]:
     """The cells of a row."""
-    config = configuration(model, method)
-    batch = random_batch(config)
+    config = models.configuration(model, method)
+    batch = models.random_batch(config)
     product, operations = harness.matrix_product()
     ways = {"JAX": jax_step(config, batch), "PyTorch": torch_step(config, batch, compiled=False)}
     if COMPILED.value:
@@ -134,7 +107,7 @@ def row(model: str, method: str) -> dict[str, Any]:
 
 def main() -> None:
     """Prints the table."""
-    torch.set_num_threads(len(__import__("os").sched_getaffinity(0)))
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     harness.show([row(model, method) for model in MODELS.value for method in METHODS.value])
 
 

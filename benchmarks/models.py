@@ -1,0 +1,40 @@
+"""The configurations and data that the benchmarks of training and sampling share."""
+
+import runpy
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+
+from sddit_jax import schema
+from sddit_jax.config import resolve
+from sddit_jax.recipes import imagenet
+
+DIGITS = Path(__file__).parents[1] / "configs" / "digits.py"
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Images of a step; digits have their own number.", lower_bound=1)
+
+
+def configuration(model: str, method: str, changes: dict | None = None) -> schema.Config:
+    """`digits`, or a size of latents of 256 pixels such as S/2, in float32 and keeping matrix products alone."""
+    if model == "digits":
+        config = runpy.run_path(str(DIGITS))["get_config"](method)
+    else:
+        config = imagenet(256, f"size={model},method={method}")
+        with config.unlocked():
+            config.batch_size = BATCH_SIZE.value
+            config.model.dtype = "float32"
+            config.parallel.data, config.parallel.fsdp = -1, 1
+    config.update_from_flattened_dict(changes or {})
+    return resolve(config)
+
+
+def random_batch(config: schema.Config) -> dict[str, jax.Array]:
+    """As the loader gives it."""
+    m, rng = config.model, np.random.default_rng(0)
+    shape = (config.batch_size, m.image_size, m.image_size, m.channels)
+    label_B = rng.integers(0, m.num_classes, config.batch_size, np.int32)
+    if config.codec.name == "pixels":
+        return jax.device_put({"image": rng.integers(0, 256, shape, np.uint8), "label": label_B})
+    moments = rng.random((shape[0], 2, *shape[1:]), np.float32).astype(np.float16)
+    return jax.device_put({"moments": moments, "label": label_B})
