@@ -3,6 +3,7 @@
     python benchmarks/tpu.py --table=scaling --quick   # SD-DiT-XL/2 with 16 images a chip, on 8 to 256 chips
     python benchmarks/tpu.py --table=memory    # what fits where
     python benchmarks/tpu.py --table=methods --quick   # each method, S to XL, on v4, v5e, v5p and v6e
+    python benchmarks/tpu.py --table=prototypes --quick   # the discrimination's loss: prototypes against tokens
 
 Needs Linux and pip install -e '.[tpu]', no TPU. A row takes one to a few minutes; --jobs of them run at a time.
 """
@@ -10,6 +11,7 @@ Needs Linux and pip install -e '.[tpu]', no TPU. A row takes one to a few minute
 import concurrent.futures
 import dataclasses
 import logging
+import math
 import multiprocessing
 import sys
 
@@ -20,7 +22,7 @@ from sddit_jax import aot, cli
 from sddit_jax.config import resolve
 from sddit_jax.recipes import imagenet
 
-TABLE = flags.DEFINE_enum("table", "scaling", ["scaling", "memory", "methods"], "Which table.")
+TABLE = flags.DEFINE_enum("table", "scaling", ["scaling", "memory", "methods", "prototypes"], "Which table.")
 JOBS = flags.DEFINE_integer("jobs", 1, "Rows that are compiled at a time, in a process each.", lower_bound=1)
 QUICK = flags.DEFINE_bool("quick", False, "Let the compiler optimise less, for a fifth of its time.")
 
@@ -38,6 +40,7 @@ class Case:
     resolution: int = 256
     remat: str = "dots"
     data: int = 1
+    prototypes: int = 8192
 
     def report(self, quick: bool) -> aot.Report:
         """The train step compiled."""
@@ -46,6 +49,7 @@ class Case:
         with config.unlocked():
             config.batch_size, config.model.remat = self.batch_size, self.remat
             config.parallel.data = self.data
+            config.objectives.discrimination.prototypes = self.prototypes
         return aot.report(resolve(config), self.topology, sampler=False, quick=quick)
 
 
@@ -73,10 +77,17 @@ METHODS = [
     for size in ("S", "B", "L", "XL")
     for topology in ("v4:2x2x4", "v5e:4x4", "v5p:2x2x4", "v6e:4x4")
 ]
+PROTOTYPES = [
+    Case("v5e:4x4", 256, size="B/2", resolution=resolution, prototypes=prototypes)
+    for resolution in (256, 512)
+    for prototypes in (8192, 65_536)
+]
 
 
 def row(case: Case, report: aot.Report) -> dict[str, str]:
     """The cells of a row."""
+    devices = math.prod(report.mesh.values())
+    peak = 1e12 * aot.CHIPS[case.topology.partition(":")[0]].peak_tflops
     paper, compiled = sum(report.flops_per_image.values()), report.compiled_flops_per_image
     sent = {kind: sum(c["gib_per_step"] for c in report.collectives if c["kind"] == kind) for kind in aot.hlo.KINDS}
     return {
@@ -86,10 +97,12 @@ def row(case: Case, report: aot.Report) -> dict[str, str]:
         "mesh": "x".join(str(size) for size in report.mesh.values()),
         "batch": f"{case.batch_size}",
         "remat": case.remat,
+        "prototypes": f"{case.prototypes:,}" if case.method == "sd_dit" else "",
         "state": f"{report.state_gib:.3f}",
         "peak": f"{report.peak_gib:.2f}" + ("" if report.fits else " (does not fit)"),
         "TFLOP an image": f"{compiled / 1e12:.3f}",
         "of paper": f"{compiled / paper:.3f}",
+        "ms at peak": f"{1e3 * case.batch_size * compiled / (devices * peak):.0f}",
         "all-gather": f"{sent['all-gather']:.2f}",
         "reductions": f"{sent['all-reduce'] + sent['reduce-scatter']:.2f}",
         "others": f"{sent['all-to-all'] + sent['collective-permute']:.2f}",
@@ -99,7 +112,7 @@ def row(case: Case, report: aot.Report) -> dict[str, str]:
 
 def main() -> None:
     """Prints the table in Markdown."""
-    cases = {"scaling": SCALING, "memory": MEMORY, "methods": METHODS}[TABLE.value]
+    cases = {"scaling": SCALING, "memory": MEMORY, "methods": METHODS, "prototypes": PROTOTYPES}[TABLE.value]
     rows = []
     with concurrent.futures.ProcessPoolExecutor(
         JOBS.value, multiprocessing.get_context("spawn"), max_tasks_per_child=1
