@@ -25,7 +25,7 @@ from sddit_jax.state import Parts
 log = logging.getLogger("sddit_jax")
 
 BEST = "best.json"
-# Images that are decoded and whose features are computed at a time.
+# Images that are sampled, decoded and compared at a time, at most.
 _BATCH_SIZE = 256
 
 
@@ -56,12 +56,13 @@ class Monitor:
         config = parts.config
         self._eval, self._seed = config.eval, config.seed
         self._label_N = balanced_labels(config.eval.num_samples, config.model.num_classes)
-        self._space = open_space(config.eval.features, config.eval.inception, mesh, _BATCH_SIZE)
+        self._batch_size = min(config.batch_size, config.eval.num_samples, _BATCH_SIZE)
+        self._space = open_space(config.eval.features, config.eval.inception, mesh, self._batch_size)
         shape = self._shape_of_samples(parts, codec.get("factor") or 1)
-        self._reference = open_reference(config.eval.reference, self._space, shape, _BATCH_SIZE, ("fid",))
+        self._reference = open_reference(config.eval.reference, self._space, shape, self._batch_size, ("fid",))
         self.name = f"eval/{distance_name(self._space)}"
         sample = make_sample(parts.network, parts.diffusion, parts.codec, config.sampling)
-        self._generate = make_generate(sample, mesh, min(config.batch_size, config.eval.num_samples), decode)
+        self._generate = make_generate(sample, mesh, self._batch_size, decode)
 
         sampling = {k: v for k, v in dataclasses.asdict(config.sampling).items() if k not in ("every", "grid")}
         self._path = workdir / BEST
@@ -69,7 +70,7 @@ class Monitor:
             "num_samples": config.eval.num_samples,
             "seed": config.seed,
             "sampling": sampling,
-            "autoencoder": config.codec.autoencoder,
+            "autoencoder": decode.weights,
             "features": {k: v for k, v in self._space.record.items() if k != "weights"},
             "reference_sha256": self._reference.record["sha256"],
         }
@@ -122,10 +123,10 @@ class Monitor:
     def _batches(self, ema: Any, seconds: list[float], check: Callable[[], None]) -> Iterator[np.ndarray]:
         """The samples, and how long each batch of them took."""
         index_N = np.arange(len(self._label_N))
-        for start in range(0, len(index_N), _BATCH_SIZE):
+        for start in range(0, len(index_N), self._batch_size):
             check()
             began = time.monotonic()
-            part = slice(start, start + _BATCH_SIZE)
+            part = slice(start, start + self._batch_size)
             images_BHWC = self._generate(ema, self._seed, self._label_N[part], index_N[part])
             seconds.append(time.monotonic() - began)
             yield images_BHWC

@@ -16,6 +16,7 @@ from absl import flags
 
 from sddit_jax import cli, process_flags, sharding
 from sddit_jax.errors import UserError
+from sddit_jax.evaluating import check_output
 from sddit_jax.images import as_pictures
 from sddit_jax.metrics import PROBE_L2
 from sddit_jax.reporting import save_grid
@@ -110,6 +111,12 @@ def main() -> None:
     sigmas = parse_sigmas(SIGMAS.value, parts.diffusion.sigma_min, parts.diffusion.sigma_max)
     blocks = parse_blocks(BLOCKS.value, config.model.depth)
     decode = load_decode(config.codec.autoencoder if VAE.value is None else VAE.value, meta["codec"], mesh)
+    output = Path(OUTPUT.value).expanduser() if OUTPUT.value else workdir / "probe"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output={output} could not be written: {error}") from error
+    check_output(output / "probe.json")
     train, test, data = load_images(
         config,
         meta["codec"],
@@ -129,7 +136,6 @@ def main() -> None:
     if jax.process_index() != 0:
         return
 
-    output = Path(OUTPUT.value).expanduser() if OUTPUT.value else workdir / "probe"
     record = {
         "workdir": WORKDIR.value,
         "checkpoint_step": meta["step"],
@@ -155,7 +161,6 @@ def main() -> None:
         },
     }
     try:
-        output.mkdir(parents=True, exist_ok=True)
         (output / "probe.json").write_text(json.dumps(record, indent=2))
         save_grid(np.concatenate([images_BHWC, components_BHW3]), output / "pca.png", columns=len(images_BHWC))
     except OSError as error:

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ class MetricsLog:
     Biases is used when `wandb` has its arguments (`wandb.init(**wandb)`). Of several processes
     only the `primary` one writes.
 
-    Opening with `restored_step` (0 for a start from nothing) cuts the rows after that step, and the step's evaluations,
-    which will be written again; None only drops what a killed process has left half-written.
+    Opening with `restored_step` (0 for a start from nothing) cuts the rows after that step, and of the step itself those
+    with a key that `repeated` says will be written again; None only drops what a killed process has left half-written.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class MetricsLog:
         workdir: os.PathLike | str,
         *,
         restored_step: int | None = None,
+        repeated: Callable[[str], bool] = lambda key: False,
         primary: bool = True,
         tensorboard: bool = True,
         wandb: Mapping[str, Any] | None = None,
@@ -48,7 +49,7 @@ class MetricsLog:
         path = Path(workdir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            _cut(path, restored_step)
+            _cut(path, restored_step, repeated)
         self._file = path.open("a", encoding="utf-8")
         if tensorboard:
             self._tensorboard = _tensorboard(path.parent, restored_step)
@@ -92,18 +93,18 @@ def _row(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and "step" in row else None
 
 
-def _comes_again(row: dict[str, Any], restored_step: int | None) -> bool:
+def _comes_again(row: dict[str, Any], restored_step: int | None, repeated: Callable[[str], bool]) -> bool:
     """Whether a run that continues from `restored_step` will write the row itself."""
     if restored_step is None or row["step"] < restored_step:
         return False
-    return row["step"] > restored_step or any(key.startswith("eval/") for key in row)
+    return row["step"] > restored_step or any(map(repeated, row))
 
 
-def _cut(path: Path, restored_step: int | None) -> None:
+def _cut(path: Path, restored_step: int | None, repeated: Callable[[str], bool]) -> None:
     """Drops lines that are no rows, and with a step the rows after it: all at once or none."""
     lines = path.read_bytes().splitlines(keepends=True)
     rows = [(line, _row(line)) for line in lines]
-    kept = [line for line, row in rows if row is not None and not _comes_again(row, restored_step)]
+    kept = [line for line, row in rows if row is not None and not _comes_again(row, restored_step, repeated)]
     if kept == lines:
         return
     temporary = path.with_suffix(".tmp")

@@ -75,10 +75,18 @@ def train(config: Config, workdir: Path) -> None:
         "id": hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16],
         "resume": "allow",
     }
+
+    def repeated(key: str) -> bool:
+        """Whether this run measures again at its start what a row of that step has."""
+        if monitor and key == monitor.name:
+            return monitor.due(start)
+        return key.startswith("eval/") and start == config.steps and config.eval.name != "none"
+
     with _full_disk_explained(workdir), closing(checkpointer):
         metrics_log = MetricsLog(
             workdir,
             restored_step=start,
+            repeated=repeated,
             primary=primary,
             tensorboard=config.log.tensorboard,
             wandb=wandb_run if config.log.wandb else None,

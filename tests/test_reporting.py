@@ -52,7 +52,7 @@ class TestMetricsLog:
         write(tmp_path, [1], restored_step=0)
         assert [row["step"] for row in rows(tmp_path)] == [1]
 
-    def test_at_the_restored_step_evaluations_come_again_and_the_others_stay(self, tmp_path):
+    def test_at_the_restored_step_what_is_measured_again_comes_again_and_the_others_stay(self, tmp_path):
         log = MetricsLog(tmp_path)
         for step in (3, 4):
             for values in ({"train/loss": 1.0}, {"eval/fid": 2.0}, {"eval/probe_cls": 3.0}):
@@ -60,7 +60,9 @@ class TestMetricsLog:
         log.close()
         before = rows(tmp_path)
         MetricsLog(tmp_path, restored_step=4).close()
-        assert rows(tmp_path) == before[:4]
+        assert rows(tmp_path) == before
+        MetricsLog(tmp_path, restored_step=4, repeated=lambda key: key == "eval/fid").close()
+        assert rows(tmp_path) == [*before[:4], before[5]]
 
     @pytest.mark.parametrize("half", ['{"step": 3, "train/l', '{"step": 3}', "\0\0\0\n", "12\n"])
     def test_a_half_written_line_is_dropped(self, tmp_path, half):

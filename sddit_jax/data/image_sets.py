@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from sddit_jax.data.evaluation_files import open_evaluation_file
-from sddit_jax.data.images import BadImageError, read_image
+from sddit_jax.data.images import FORMATS, BadImageError, read_image
 from sddit_jax.data.sources import FolderSource, ImageSource
 from sddit_jax.errors import DataError
 
@@ -116,7 +116,7 @@ def _open_folder(path: Path, num_threads: int) -> DecodedImages:
 def _shape_of(file: str) -> tuple[int, int, int]:
     """Height, width and channels (1 or 3) by the file's header."""
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             grey = image.mode in ("1", "L") or image.mode.startswith("I")
             return image.height, image.width, 1 if grey else 3
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -147,7 +147,7 @@ class SampleFolder:
             try:
                 found = json.loads(path.read_text())
                 flat = self._flat(found)
-            except (ValueError, AttributeError) as error:
+            except ValueError as error:
                 raise UserError(f"{path} is no record of samples: {error}; use another --output") from error
             keys = [key for key in sorted(own.keys() | flat.keys()) if own.get(key) != flat.get(key)]
             if keys:
@@ -160,6 +160,8 @@ class SampleFolder:
             raise UserError(f"{self.path} holds {unknown[0]}, and no record of how it was made; use another --output")
 
     def _flat(self, record: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(record, dict):
+            raise ValueError("it is not an object")
         flat = flax.traverse_util.flatten_dict(record, sep="/")
         return {key: value for key, value in flat.items() if key.rpartition("/")[2] not in _NOT_IDENTITY}
 
