@@ -73,9 +73,8 @@ def main() -> None:
         _write_reference(images, space)
         return
     path, made = find_samples(SAMPLES.value)
-    output = Path(
-        OUTPUT.value or path.parent / f"{path.name if path.is_dir() else path.stem}.evaluation.json"
-    ).expanduser()
+    name = path.name if path.is_dir() else path.stem
+    output = Path(OUTPUT.value or path.parent / f"{name}.evaluation.json").expanduser()
     check_output(output)
     images = open_image_set(path, NUM_THREADS.value)
     space = open_space(FEATURES.value, INCEPTION.value, mesh, BATCH_SIZE.value)

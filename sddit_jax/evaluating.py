@@ -104,9 +104,8 @@ def open_reference(
     pool, spatial, count, pool_ND = file.pool, file.spatial, file.count, file.features_KD
     needed = ({"fid", "sfid"} if pool is None else set()) | ({"pr", "kid"} if pool_ND is None else set())
     if needed & set(chosen):
-        images = measure_set(
-            space, file.images, batch_size, f"reference {path}", keep=bool({"pr", "kid"} & set(chosen))
-        )
+        keep = not {"pr", "kid"}.isdisjoint(chosen)
+        images = measure_set(space, file.images, batch_size, f"reference {path}", keep=keep)
         pool_ND = images.pool_ND
         if pool is None:
             pool, spatial, count = _statistics(images.moments), _statistics(images.spatial), images.count

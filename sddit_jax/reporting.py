@@ -29,8 +29,9 @@ class MetricsLog:
     Biases is used when `wandb` has its arguments (`wandb.init(**wandb)`). Of several processes
     only the `primary` one writes.
 
-    Opening with `restored_step` (0 for a start from nothing) cuts the rows after that step, and of the step itself those
-    with a key that `repeated` says will be written again; None only drops what a killed process has left half-written.
+    Opening with `restored_step` (0 for a start from nothing) cuts the rows after that step, and those of the step
+    itself with a key that, as `repeated` says, will be written again; None only drops what a killed process has left
+    half-written.
     """
 
     def __init__(
