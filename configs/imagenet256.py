@@ -11,7 +11,7 @@ epochs 531 EFLOP, which 16 chips of TPU v5e do in four days at half of their pea
 
     python -m sddit_jax.preflight --config=configs/imagenet256.py:size=B/2 --topology=v5e:2x4
 
-On 16 chips of TPU v5e the step takes 3.8 GiB of a chip's 15.75; with model.remat=full 1.8. fsdp takes all chips by
+On 16 chips of TPU v5e the step takes 4.0 GiB of a chip's 15.75; with model.remat=full 1.8. fsdp takes all chips by
 default; beyond 16, copies of 16 shards send less: --config.parallel.data=4 --config.parallel.fsdp=16 on 64.
 """
 
