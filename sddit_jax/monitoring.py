@@ -25,7 +25,7 @@ from sddit_jax.state import Parts
 log = logging.getLogger("sddit_jax")
 
 BEST = "best.json"
-# Images that are sampled, decoded and compared at a time, at most.
+# Images that are decoded and whose features are computed at a time; no more are sampled at a time.
 _BATCH_SIZE = 256
 
 
@@ -56,13 +56,12 @@ class Monitor:
         config = parts.config
         self._eval, self._seed = config.eval, config.seed
         self._label_N = balanced_labels(config.eval.num_samples, config.model.num_classes)
-        self._batch_size = min(config.batch_size, config.eval.num_samples, _BATCH_SIZE)
-        self._space = open_space(config.eval.features, config.eval.inception, mesh, self._batch_size)
+        self._space = open_space(config.eval.features, config.eval.inception, mesh, _BATCH_SIZE)
         shape = self._shape_of_samples(parts, codec.get("factor") or 1)
-        self._reference = open_reference(config.eval.reference, self._space, shape, self._batch_size, ("fid",))
+        self._reference = open_reference(config.eval.reference, self._space, shape, _BATCH_SIZE, ("fid",))
         self.name = f"eval/{distance_name(self._space)}"
         sample = make_sample(parts.network, parts.diffusion, parts.codec, config.sampling)
-        self._generate = make_generate(sample, mesh, self._batch_size, decode)
+        self._generate = make_generate(sample, mesh, min(config.batch_size, len(self._label_N), _BATCH_SIZE), decode)
 
         sampling = {k: v for k, v in dataclasses.asdict(config.sampling).items() if k not in ("every", "grid")}
         self._path = workdir / BEST
@@ -123,10 +122,10 @@ class Monitor:
     def _batches(self, ema: Any, seconds: list[float], check: Callable[[], None]) -> Iterator[np.ndarray]:
         """The samples, and how long each batch of them took."""
         index_N = np.arange(len(self._label_N))
-        for start in range(0, len(index_N), self._batch_size):
+        for start in range(0, len(index_N), _BATCH_SIZE):
             check()
             began = time.monotonic()
-            part = slice(start, start + self._batch_size)
+            part = slice(start, start + _BATCH_SIZE)
             images_BHWC = self._generate(ema, self._seed, self._label_N[part], index_N[part])
             seconds.append(time.monotonic() - began)
             yield images_BHWC
