@@ -1,7 +1,9 @@
-"""The configurations and data that the benchmarks of training and sampling share."""
+"""The configurations, data and train step that the benchmarks share."""
 
 import runpy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,6 +12,8 @@ from absl import flags
 from sddit_jax import schema
 from sddit_jax.config import resolve
 from sddit_jax.recipes import imagenet
+from sddit_jax.state import make_parts
+from sddit_jax.train_step import make_train_step
 
 DIGITS = Path(__file__).parents[1] / "configs" / "digits.py"
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Images of a step; digits have their own number.", lower_bound=1)
@@ -38,3 +42,17 @@ def random_batch(config: schema.Config) -> dict[str, jax.Array]:
         return jax.device_put({"image": rng.integers(0, 256, shape, np.uint8), "label": label_B})
     moments = rng.random((shape[0], 2, *shape[1:]), np.float32).astype(np.float16)
     return jax.device_put({"moments": moments, "label": label_B})
+
+
+def train_step(config: schema.Config, batch: dict[str, jax.Array]) -> Callable[[], Any]:
+    """A step as train.py jits it on one device, to be called again and again."""
+    parts = make_parts(config)
+    step = jax.jit(make_train_step(parts), donate_argnums=0)
+    state = jax.jit(parts.init_state)(jax.random.key(0))
+
+    def run() -> Any:
+        nonlocal state
+        state, metrics = step(state, batch)
+        return state, metrics
+
+    return run

@@ -23,25 +23,10 @@ from sddit_jax.interop import pytorch
 from sddit_jax.interop.twin import make_teacher, make_twin, to_torch
 from sddit_jax.masking import visible_count
 from sddit_jax.state import make_parts
-from sddit_jax.train_step import make_train_step
 
 MODELS = flags.DEFINE_list("models", ["digits", "S/2", "B/4"], "digits, or sizes of latents of 256 pixels.")
 METHODS = flags.DEFINE_list("methods", ["dit", "maskdit", "sd_dit"], "Methods.")
 COMPILED = flags.DEFINE_bool("compiled", True, "torch.compile too.")
-
-
-def jax_step(config: schema.Config, batch: dict[str, jax.Array]) -> Callable[[], Any]:
-    """A step of ours, as train.py jits it."""
-    parts = make_parts(config)
-    step = jax.jit(make_train_step(parts), donate_argnums=0)
-    state = jax.jit(parts.init_state)(jax.random.key(0))
-
-    def run() -> Any:
-        nonlocal state
-        state, metrics = step(state, batch)
-        return state, metrics
-
-    return run
 
 
 def torch_step(config: schema.Config, batch: dict[str, jax.Array], compiled: bool) -> Callable[[], None]:
@@ -91,7 +76,7 @@ def row(model: str, method: str) -> dict[str, Any]:
     config = models.configuration(model, method)
     batch = models.random_batch(config)
     product, operations = harness.matrix_product()
-    ways = {"JAX": jax_step(config, batch), "PyTorch": torch_step(config, batch, compiled=False)}
+    ways = {"JAX": models.train_step(config, batch), "PyTorch": torch_step(config, batch, compiled=False)}
     if COMPILED.value:
         ways["compiled"] = torch_step(config, batch, compiled=True)
     times = harness.measure(ways | {"product": product}, harness.REPETITIONS.value)
