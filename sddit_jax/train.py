@@ -94,6 +94,8 @@ def train(config: Config, workdir: Path) -> None:
         with closing(metrics_log):
             # From here on a run saves before it stops.
             with stop_requests() as stopped_by:
+                # Whoever sees config.json may stop any of the processes.
+                multihost_utils.sync_global_devices("the run begins")
                 if primary:
                     write_config(workdir, config)
                 run = _Run(config, workdir, mesh, parts, source, codec, decode, checkpointer, metrics_log, monitor)
