@@ -11,7 +11,7 @@ import harness
 import models
 from absl import flags
 
-from sddit_jax import cli, flops
+from sddit_jax import flops
 
 TABLE = flags.DEFINE_enum("table", "discrimination", ["discrimination", "tokens", "masks", "sizes"], "Which table.")
 WITHOUT = {"objectives.discrimination.weight": 0.0}
@@ -19,7 +19,7 @@ WITHOUT = {"objectives.discrimination.weight": 0.0}
 # Of each row its name, and the arguments of `models.configuration`.
 CASES = {
     "discrimination": [
-        (f"{model}{' without' if changes else ''}", (model, "sd_dit", changes))
+        (f"{model}{' without' if changes else ''}", (model, "sd_dit", models.ALL_KEPT | changes))
         for model in ("digits", "S/2")
         for changes in ({}, WITHOUT)
     ],
@@ -47,4 +47,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    harness.run(main)

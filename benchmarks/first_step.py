@@ -18,7 +18,6 @@ import jax
 import models
 from absl import flags
 
-from sddit_jax import cli
 from sddit_jax.state import make_parts
 from sddit_jax.train_step import make_train_step
 
@@ -73,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    harness.run(main)

@@ -9,11 +9,13 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 from absl import flags
+
+from sddit_jax import cli, cpu
 
 REPETITIONS = flags.DEFINE_integer("repetitions", 7, "Measurements of each way.", lower_bound=1)
 JSON = flags.DEFINE_string("json", None, "Also write the rows, and machine and versions, to this file.")
@@ -32,6 +34,16 @@ class Seconds:
     def __str__(self) -> str:
         """As '1.234 (1.2 to 1.3)'."""
         return f"{self.median:.4g} ({self.low:.4g} to {self.high:.4g})"
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Runs a benchmark as the commands run: see `cli.run` and `cpu.keep_working_memory`."""
+
+    def command() -> None:
+        cpu.keep_working_memory()
+        main()
+
+    cli.run(command)
 
 
 def measure(ways: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str, Seconds]:

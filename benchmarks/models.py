@@ -16,6 +16,8 @@ from sddit_jax.state import make_parts
 from sddit_jax.train_step import make_train_step
 
 DIGITS = Path(__file__).parents[1] / "configs" / "digits.py"
+# Fastest on CPUs, whose memory holds what a small model keeps for the backward pass: layers one by one, and no scan.
+ALL_KEPT = {"model.scan": False, "model.remat": "none"}
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Images of a step; digits have their own number.", lower_bound=1)
 
 

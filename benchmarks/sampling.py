@@ -17,7 +17,7 @@ import models
 import torch
 from absl import flags
 
-from sddit_jax import cli, flops
+from sddit_jax import flops
 from sddit_jax.interop import pytorch
 from sddit_jax.interop.twin import make_twin
 from sddit_jax.sampling.sampler import make_sample
@@ -62,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    harness.run(main)

@@ -18,7 +18,7 @@ import models
 import torch
 from absl import flags
 
-from sddit_jax import cli, flops, schema
+from sddit_jax import flops, schema
 from sddit_jax.interop import pytorch
 from sddit_jax.interop.twin import make_teacher, make_twin, to_torch
 from sddit_jax.masking import visible_count
@@ -73,7 +73,7 @@ def torch_step(config: schema.Config, batch: dict[str, jax.Array], compiled: boo
 
 def row(model: str, method: str) -> dict[str, Any]:
     """The cells of a row."""
-    config = models.configuration(model, method)
+    config = models.configuration(model, method, models.ALL_KEPT)
     batch = models.random_batch(config)
     product, operations = harness.matrix_product()
     ways = {"JAX": models.train_step(config, batch), "PyTorch": torch_step(config, batch, compiled=False)}
@@ -97,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    harness.run(main)

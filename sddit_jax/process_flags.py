@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from sddit_jax import distributed
+from sddit_jax import cpu, distributed
 
 DISTRIBUTED = flags.DEFINE_string(
     "distributed",
@@ -18,7 +18,7 @@ HEARTBEAT = flags.DEFINE_integer(
 
 
 def start_processes() -> None:
-    """Does what the flags say; see `distributed.start`."""
+    """Does what the flags say; see `distributed.start` and `cpu.keep_working_memory`."""
     distributed.start(
         DISTRIBUTED.value,
         PROCESS_INDEX.value,
@@ -26,3 +26,4 @@ def start_processes() -> None:
         wait_seconds=WAIT.value,
         heartbeat_seconds=HEARTBEAT.value,
     )
+    cpu.keep_working_memory()

@@ -123,8 +123,8 @@ def promote_without_key_bias(
 def attention(q_BHNC: jax.Array, k_BHNC: jax.Array, v_BHNC: jax.Array) -> jax.Array:
     """softmax(q k^T / sqrt(C)) v, [B, H, N, C] in v's dtype; the softmax is float32.
 
-    The backward pass computes the softmax again, from its logarithmic normaliser (Dao et al. 2022, Algorithm 4): what
-    is kept of a block does not grow with N^2.
+    The backward pass computes the softmax again, as in FlashAttention (Dao et al. 2022): what is kept of a block does
+    not grow with N^2.
     """
     return _attention_forward(q_BHNC, k_BHNC, v_BHNC)[0]
 
@@ -136,28 +136,26 @@ def _attention_logits(q_BHNC: jax.Array, k_BHNC: jax.Array) -> jax.Array:
 
 def _attention_forward(q_BHNC: jax.Array, k_BHNC: jax.Array, v_BHNC: jax.Array) -> tuple[jax.Array, tuple]:
     logits_BHNN = _attention_logits(q_BHNC, k_BHNC)
-    largest_BHN1 = logits_BHNN.max(axis=-1, keepdims=True)
-    exp_BHNN = jnp.exp(logits_BHNN - largest_BHN1)
-    sum_BHN1 = exp_BHNN.sum(axis=-1, keepdims=True)
-    # Divided after the product: C numbers of a query instead of N.
+    exp_BHNN = jnp.exp(logits_BHNN - logits_BHNN.max(axis=-1, keepdims=True))
+    # Divided after the product: C numbers of a query instead of N. The sums are not kept for the backward pass: with a
+    # second result XLA would not make one kernel of softmax and products, on TPU and CPU.
     out_BHNC = jnp.einsum("bhqk,bhkc->bhqc", exp_BHNN.astype(v_BHNC.dtype), v_BHNC, preferred_element_type=jnp.float32)
-    out_BHNC = checkpoint_name((out_BHNC / sum_BHN1).astype(v_BHNC.dtype), ATTENDED)
-    normaliser_BHN1 = checkpoint_name(largest_BHN1 + jnp.log(sum_BHN1), ATTENDED)
-    return out_BHNC, (q_BHNC, k_BHNC, v_BHNC, out_BHNC, normaliser_BHN1)
+    out_BHNC = (out_BHNC / exp_BHNN.sum(axis=-1, keepdims=True)).astype(v_BHNC.dtype)
+    out_BHNC = checkpoint_name(out_BHNC, ATTENDED)
+    return out_BHNC, (q_BHNC, k_BHNC, v_BHNC, out_BHNC)
 
 
 def _attention_backward(residuals: tuple, d_out_BHNC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    q_BHNC, k_BHNC, v_BHNC, out_BHNC, normaliser_BHN1 = residuals
+    q_BHNC, k_BHNC, v_BHNC, out_BHNC = residuals
     dtype, scale = v_BHNC.dtype, q_BHNC.shape[-1] ** -0.5
-    p_BHNN = jnp.exp(_attention_logits(q_BHNC, k_BHNC) - normaliser_BHN1)
+    p_BHNN = jax.nn.softmax(_attention_logits(q_BHNC, k_BHNC))
     d_p_BHNN = jnp.einsum("bhqc,bhkc->bhqk", d_out_BHNC, v_BHNC, preferred_element_type=jnp.float32)
     mean_BHN1 = (d_out_BHNC.astype(jnp.float32) * out_BHNC).sum(axis=-1, keepdims=True)
     d_logits_BHNN = (p_BHNN * (d_p_BHNN - mean_BHN1)).astype(dtype)
     d_q_BHNC = jnp.einsum("bhqk,bhkc->bhqc", d_logits_BHNN, k_BHNC) * scale
-    # With the keys last: XLA's CPU backend takes 1.4 times as long for the transpose of this product.
-    d_k_BHCN = jnp.einsum("bhqc,bhqk->bhck", q_BHNC * scale, d_logits_BHNN)
-    d_v_BHCN = jnp.einsum("bhqc,bhqk->bhck", d_out_BHNC, p_BHNN.astype(dtype))
-    return d_q_BHNC, d_k_BHCN.swapaxes(2, 3), d_v_BHCN.swapaxes(2, 3)
+    d_k_BHNC = jnp.einsum("bhqk,bhqc->bhkc", d_logits_BHNN, q_BHNC * scale)
+    d_v_BHNC = jnp.einsum("bhqk,bhqc->bhkc", p_BHNN.astype(dtype), d_out_BHNC)
+    return d_q_BHNC, d_k_BHNC, d_v_BHNC
 
 
 attention.defvjp(_attention_forward, _attention_backward)
