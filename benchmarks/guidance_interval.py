@@ -3,19 +3,20 @@
     python benchmarks/guidance_interval.py --config=configs/digits.py [--batch_size=64] [--steps=18] [--solver=heun]
 
 Samples without guidance, with guidance everywhere, and with guidance of the middle third of the noise levels. A
-row-pass is the network on one image. The times are the shortest of --repeats, taken in turns, without compilation.
+row-pass is the network on one image. What the interval saves is told from the shortest of the --repetitions.
 """
 
 import dataclasses
-import time
+from collections.abc import Callable
 
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from sddit_jax import cli
+from sddit_jax import schema
 from sddit_jax.config import resolve
 from sddit_jax.errors import UserError
 from sddit_jax.sampling.sampler import make_sample, schedule
@@ -25,7 +26,6 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "Config, as for main.",
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images at a time.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 18, "Noise levels.", lower_bound=3)
 SOLVER = flags.DEFINE_enum("solver", "heun", ["heun", "euler", "dpmpp_2m"], "Solver.")
-REPEATS = flags.DEFINE_integer("repeats", 5, "Timings of each.", lower_bound=1)
 
 
 def main() -> None:
@@ -55,25 +55,17 @@ def main() -> None:
 
     params = parts.network.init(jax.random.key(0))
     index_B = jnp.arange(BATCH_SIZE.value)
-    programs, seconds = {}, {name: [] for name in ways}
     arguments = params, jnp.int32(0), index_B, index_B % max(config.model.num_classes, 1)
-    for name, sampling in ways.items():
-        began = time.monotonic()
-        sample = make_sample(parts.network, parts.diffusion, parts.codec, sampling)
-        programs[name] = jax.jit(sample).lower(*arguments).compile()
-        compilation = time.monotonic() - began
-        jax.block_until_ready(programs[name](*arguments))
-        print(f"{name:11} compiled in {compilation:.1f} s")
-    for _ in range(REPEATS.value):
-        for name, program in programs.items():
-            began = time.monotonic()
-            jax.block_until_ready(program(*arguments))
-            seconds[name].append(time.monotonic() - began)
-    best = {name: min(times) for name, times in seconds.items()}
-    for name in ways:
-        print(f"{name:11} {passes[name]:7,} row-passes  {best[name]:8.3f} s")
+
+    def way(sampling: schema.Sampling) -> Callable[[], jax.Array]:
+        sample = jax.jit(make_sample(parts.network, parts.diffusion, parts.codec, sampling))
+        return lambda: sample(*arguments)
+
+    times = harness.measure({name: way(sampling) for name, sampling in ways.items()}, harness.REPETITIONS.value)
+    harness.show([{"guidance": name, "row-passes": passes[name], "s": times[name]} for name in ways])
     # Of what guidance adds to no guidance.
-    saved, time_saved = ((a["everywhere"] - a["interval"]) / (a["everywhere"] - a["none"]) for a in (passes, best))
+    fastest = {name: seconds.low for name, seconds in times.items()}
+    saved, time_saved = ((a["everywhere"] - a["interval"]) / (a["everywhere"] - a["none"]) for a in (passes, fastest))
     print(
         f"the interval ({interval[0]:.3g}, {interval[1]:.3g}] saves {saved:.1%} of the null label's row-passes and "
         f"{time_saved:.1%} of their time: {time_saved / saved - 1:+.1%}"
@@ -81,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    harness.run(main)

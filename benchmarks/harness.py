@@ -24,8 +24,8 @@ MATRIX = 2048
 
 
 @dataclasses.dataclass(frozen=True)
-class Seconds:
-    """What the repetitions of one way took."""
+class Spread:
+    """What the repetitions of one way gave."""
 
     median: float
     low: float
@@ -33,7 +33,8 @@ class Seconds:
 
     def __str__(self) -> str:
         """As '1.234 (1.2 to 1.3)'."""
-        return f"{self.median:.4g} ({self.low:.4g} to {self.high:.4g})"
+        median, low, high = (f"{x:,.0f}" if x >= 1000 else f"{x:.4g}" for x in dataclasses.astuple(self))
+        return f"{median} ({low} to {high})"
 
 
 def run(main: Callable[[], None]) -> NoReturn:
@@ -46,7 +47,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     cli.run(command)
 
 
-def measure(ways: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str, Seconds]:
+def measure(ways: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str, Spread]:
     """The ways take `repetitions` turns; what they return is waited for.
 
     In each turn a way is called twice, and the second call counts: memory that a way has given back while the others
@@ -59,7 +60,12 @@ def measure(ways: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str
             began = time.perf_counter()
             jax.block_until_ready(way())
             taken[name].append(time.perf_counter() - began)
-    return {name: Seconds(statistics.median(t), min(t), max(t)) for name, t in taken.items()}
+    return {name: spread(seconds) for name, seconds in taken.items()}
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median and range."""
+    return Spread(statistics.median(values), min(values), max(values))
 
 
 def matrix_product() -> tuple[Callable[[], Any], float]:

@@ -8,7 +8,6 @@ else the machine does falls on all of them. The files stay in the page cache: th
 loader reads with one thread, from the files with --threads.
 """
 
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import grain
+import harness
 import numpy as np
 from absl import flags
 from array_record.python.array_record_module import ArrayRecordReader
@@ -29,7 +29,6 @@ from sddit_jax.data.loader import make_loader
 RECORDS = flags.DEFINE_integer("records", 16384, "Records, of 32 KiB each.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images of a batch.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 200, "Batches of a measurement.", lower_bound=1)
-REPETITIONS = flags.DEFINE_integer("repetitions", 7, "Measurements of each way.", lower_bound=1)
 THREADS = flags.DEFINE_integer("threads", 2, "The loader's threads.", lower_bound=0)
 SHARDS = 16
 SHAPE = (32, 32, 4)
@@ -137,7 +136,7 @@ def measure(folder: Path) -> dict[str, list[float]]:
         "loader, from ArrayRecord": lambda step: loaded(streamed, THREADS.value, step),
     }
     rates = {name: [] for name in ways}
-    for repetition in range(REPETITIONS.value):
+    for repetition in range(harness.REPETITIONS.value):
         for name, way in ways.items():
             rates[name].append(way(repetition * STEPS.value))
     return rates
@@ -147,12 +146,9 @@ def main() -> None:
     """Measures and prints."""
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder))
-        rates = measure(Path(folder))
-    median = {name: statistics.median(values) for name, values in rates.items()}
-    print("| way | images/s | from | to |\n|---|---|---|---|")
-    for name, values in rates.items():
-        print(f"| {name} | {median[name]:,.0f} | {min(values):,.0f} | {max(values):,.0f} |")
-    gather, in_memory, batched, one_by_one, streamed = median.values()
+        rates = {name: harness.spread(values) for name, values in measure(Path(folder)).items()}
+    harness.show([{"way": name, "images/s": rate} for name, rate in rates.items()])
+    gather, in_memory, batched, one_by_one, streamed = (rate.median for rate in rates.values())
     print(f"\nin memory: {in_memory / gather:.2f} of the gather")
     print(f"from ArrayRecord: {streamed / batched:.2f} of batched reads, {streamed / one_by_one:.2f} of single ones")
 
