@@ -1,13 +1,17 @@
 """How the benchmarks measure: ways take turns, so that what else the machine does falls on all, and medians count."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -61,6 +65,36 @@ def measure(ways: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str
             jax.block_until_ready(way())
             taken[name].append(time.perf_counter() - began)
     return {name: spread(seconds) for name, seconds in taken.items()}
+
+
+@contextlib.contextmanager
+def elsewhere(make: Callable[..., Callable[[], Any]], *arguments: Any) -> Iterator[Callable[[], None]]:
+    """The way make(*arguments), in a process of its own, with the memory and threads that it would have alone."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(there, make, arguments), daemon=True)
+    process.start()
+    there.close()
+
+    def way() -> None:
+        here.send(None)
+        here.recv()
+
+    try:
+        yield way
+    finally:
+        here.close()
+        process.join()
+
+
+def _serve(connection: Connection, make: Callable[..., Callable[[], Any]], arguments: Sequence[Any]) -> None:
+    flags.FLAGS(sys.argv)
+    way = make(*arguments)
+    with contextlib.suppress(EOFError):
+        while True:
+            connection.recv()
+            way()
+            connection.send(None)
 
 
 def spread(values: Sequence[float]) -> Spread:

@@ -2,12 +2,14 @@
 
     python benchmarks/train_step.py [--models=digits,S/2,B/4] [--methods=dit,maskdit,sd_dit] [--nocompiled]
 
-The same weights, data and threads. A step draws noise and masks, and updates parameters (AdamW, in PyTorch fused),
-EMA and teacher. PyTorch's does not update the discrimination's centers, whose cost is negligible. `products` are the
-matrix products that the step cannot do without (sddit_jax/flops.py), over its time, as a share of what one large one
-reaches in the same run. Needs pip install -e '.[torch]', and for torch.compile a C++ compiler (--nocompiled).
+The same weights, data and threads; PyTorch in processes of its own, with memory as it manages it. A step draws noise and
+masks, and updates parameters (AdamW, in PyTorch fused), EMA and teacher. PyTorch's does not update the discrimination's
+centers, whose cost is negligible. `products` are the matrix products that the step cannot do without
+(sddit_jax/flops.py), over its time, as a share of what one large one reaches in the same run. Needs
+pip install -e '.[torch]', and for torch.compile a C++ compiler (--nocompiled).
 """
 
+import contextlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +20,7 @@ import models
 import torch
 from absl import flags
 
-from sddit_jax import flops, schema
+from sddit_jax import flops
 from sddit_jax.interop import pytorch
 from sddit_jax.interop.twin import make_teacher, make_twin, to_torch
 from sddit_jax.masking import visible_count
@@ -29,8 +31,11 @@ METHODS = flags.DEFINE_list("methods", ["dit", "maskdit", "sd_dit"], "Methods.")
 COMPILED = flags.DEFINE_bool("compiled", True, "torch.compile too.")
 
 
-def torch_step(config: schema.Config, batch: dict[str, jax.Array], compiled: bool) -> Callable[[], None]:
+def torch_step(model: str, method: str, compiled: bool) -> Callable[[], None]:
     """The same step in PyTorch."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    config = models.configuration(model, method)
+    batch = models.random_batch(config)
     parts = make_parts(config)
     state = jax.jit(parts.init_state)(jax.random.key(0))
     network, ema = (make_twin(config, state["params"]) for _ in range(2))
@@ -74,12 +79,13 @@ def torch_step(config: schema.Config, batch: dict[str, jax.Array], compiled: boo
 def row(model: str, method: str) -> dict[str, Any]:
     """The cells of a row."""
     config = models.configuration(model, method, models.ALL_KEPT)
-    batch = models.random_batch(config)
     product, operations = harness.matrix_product()
-    ways = {"JAX": models.train_step(config, batch), "PyTorch": torch_step(config, batch, compiled=False)}
-    if COMPILED.value:
-        ways["compiled"] = torch_step(config, batch, compiled=True)
-    times = harness.measure(ways | {"product": product}, harness.REPETITIONS.value)
+    ways = {"JAX": models.train_step(config, models.random_batch(config))}
+    with contextlib.ExitStack() as processes:
+        for name in ("PyTorch", "compiled") if COMPILED.value else ("PyTorch",):
+            torch_way = harness.elsewhere(torch_step, model, method, name == "compiled")
+            ways[name] = processes.enter_context(torch_way)
+        times = harness.measure(ways | {"product": product}, harness.REPETITIONS.value)
     rate = operations / times["product"].median
     arithmetic = config.batch_size * sum(flops.training(config).values())
     own = times["JAX"].median
@@ -92,7 +98,6 @@ def row(model: str, method: str) -> dict[str, Any]:
 
 def main() -> None:
     """Prints the table."""
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     harness.show([row(model, method) for model in MODELS.value for method in METHODS.value])
 
 
