@@ -2,9 +2,9 @@
 
     python benchmarks/train_step.py [--models=digits,S/2,B/4] [--methods=dit,maskdit,sd_dit] [--nocompiled]
 
-The same weights, data and threads; PyTorch in processes of its own, with memory as it manages it. A step draws noise and
-masks, and updates parameters (AdamW, in PyTorch fused), EMA and teacher. PyTorch's does not update the discrimination's
-centers, whose cost is negligible. `products` are the matrix products that the step cannot do without
+The same weights, data and threads; PyTorch in processes of its own, with memory as it manages it. A step draws noise
+and masks, and updates parameters (AdamW, in PyTorch fused), EMA and teacher. PyTorch does not update the centers of the
+discrimination, whose cost is negligible. `products` are the matrix products that the step cannot do without
 (sddit_jax/flops.py), over its time, as a share of what one large one reaches in the same run. Needs
 pip install -e '.[torch]', and for torch.compile a C++ compiler (--nocompiled).
 """
