@@ -18,6 +18,7 @@ import jax
 import models
 from absl import flags
 
+from sddit_jax import cli
 from sddit_jax.state import make_parts
 from sddit_jax.train_step import make_train_step
 
@@ -72,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    harness.run(main)
+    cli.run(main)

@@ -27,7 +27,6 @@ def get_config(method: str = "sd_dit") -> ml_collections.ConfigDict:
         config.model.decoder_width = 96
         config.model.decoder_heads = 4
         config.model.scan = False
-        config.model.remat = "none"
 
         # Digits have a mean of -0.39 and a standard deviation of 0.75 in [-1, 1]; the scale makes it sigma_data.
         config.codec.mean = (-0.39,)

@@ -12,9 +12,9 @@ def keep_working_memory() -> None:
     """Where there is no accelerator, the memory that a step has freed stays for the next one.
 
     XLA's CPU client takes the working memory of a program from malloc as one block at each execution, and glibc gives
-    a block of that size back to the system at once: a seventh of a step of S/2 went into pages that came anew. Kept
-    are blocks of the main thread, so programs are executed in the thread that calls them. To be called before anything
-    touches a JAX backend; without glibc it does nothing.
+    a block of that size back to the system at once; the next step waits for its pages to come anew. Kept are blocks of
+    the main thread, so programs are executed in the thread that calls them, unless a JAX backend has been touched
+    before, as several processes do to meet. Without glibc nothing is kept.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     if jax.default_backend() != "cpu":
