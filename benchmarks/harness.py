@@ -42,9 +42,10 @@ class Spread:
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Runs a benchmark as the commands run: see `cli.run` and `cpu.keep_working_memory`."""
+    """Runs a benchmark as the commands run: see `cli.run` and the functions of `cpu`."""
 
     def command() -> None:
+        cpu.fuse_outputs()
         cpu.keep_working_memory()
         main()
 

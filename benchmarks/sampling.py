@@ -2,12 +2,15 @@
 
     python benchmarks/sampling.py [--models=digits,S/2] [--images=16] [--steps=18] [--nocompiled]
 
-Heun's method from the same weights, 2 * steps - 1 passes of 2 * images each. PyTorch's network is the one that
-`convert to-torch` is read by. Needs pip install -e '.[torch]', and for torch.compile a C++ compiler (--nocompiled).
+Heun's method from the same weights, 2 * steps - 1 passes of 2 * images each. PyTorch, in processes of its own, has the
+network that `convert to-torch` is read by. Needs pip install -e '.[torch]', and for torch.compile a C++ compiler
+(--nocompiled).
 """
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import Any
 
 import harness
@@ -17,7 +20,7 @@ import models
 import torch
 from absl import flags
 
-from sddit_jax import flops
+from sddit_jax import flops, schema
 from sddit_jax.interop import pytorch
 from sddit_jax.interop.twin import make_twin
 from sddit_jax.sampling.sampler import make_sample
@@ -29,25 +32,38 @@ STEPS = flags.DEFINE_integer("steps", 18, "Noise levels.", lower_bound=1)
 COMPILED = flags.DEFINE_bool("compiled", True, "torch.compile too.")
 
 
+def sampling_config(model: str) -> schema.Config:
+    """SD-DiT of a size, sampled with guidance."""
+    config = models.configuration(model, "sd_dit")
+    return dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, steps=STEPS.value, guidance=1.5))
+
+
+def torch_sample(model: str, compiled: bool) -> Callable[[], Any]:
+    """The same images in PyTorch."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    config = sampling_config(model)
+    params = jax.jit(make_parts(config).network.init)(jax.random.key(0))
+    twin = make_twin(config, params).eval()
+    if compiled:
+        twin.output = torch.compile(twin.output)
+    labels = [index % config.model.num_classes for index in range(IMAGES.value)]
+    return lambda: pytorch.sample(twin, labels)
+
+
 def row(model: str) -> dict[str, Any]:
     """The cells of a row."""
-    config = models.configuration(model, "sd_dit")
-    sampling = dataclasses.replace(config.sampling, steps=STEPS.value, guidance=1.5)
-    config = dataclasses.replace(config, sampling=sampling)
+    config = sampling_config(model)
     parts = make_parts(config)
     params = jax.jit(parts.network.init)(jax.random.key(0))
     index_B = jnp.arange(IMAGES.value)
-    label_B = index_B % config.model.num_classes
-    sample = jax.jit(make_sample(parts.network, parts.diffusion, parts.codec, sampling))
-    ways = {"JAX": lambda: sample(params, jnp.int32(0), index_B, label_B)}
-    labels = label_B.tolist()
-    for name in ("PyTorch", "compiled") if COMPILED.value else ("PyTorch",):
-        twin = make_twin(config, params).eval()
-        if name == "compiled":
-            twin.output = torch.compile(twin.output)
-        ways[name] = lambda twin=twin: pytorch.sample(twin, labels)
+    sample = jax.jit(make_sample(parts.network, parts.diffusion, parts.codec, config.sampling))
+    ways = {"JAX": lambda: sample(params, jnp.int32(0), index_B, index_B % config.model.num_classes)}
     product, operations = harness.matrix_product()
-    times = harness.measure(ways | {"product": product}, harness.REPETITIONS.value)
+    with contextlib.ExitStack() as processes:
+        for name in ("PyTorch", "compiled") if COMPILED.value else ("PyTorch",):
+            torch_way = harness.elsewhere(torch_sample, model, name == "compiled")
+            ways[name] = processes.enter_context(torch_way)
+        times = harness.measure(ways | {"product": product}, harness.REPETITIONS.value)
     arithmetic = IMAGES.value * 2 * (2 * STEPS.value - 1) * flops.sampling(config)
     own = times["JAX"].median
     cells = {"model": model, "images": IMAGES.value} | {f"{name}, s": times[name] for name in ways}
@@ -57,7 +73,6 @@ def row(model: str) -> dict[str, Any]:
 
 def main() -> None:
     """Prints the table."""
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     harness.show([row(model) for model in MODELS.value])
 
 

@@ -1,11 +1,25 @@
-"""Training on CPUs: memory that is kept from step to step."""
+"""Training on CPUs: kernels with several results, and memory that is kept from step to step."""
 
 import ctypes
+import os
 
 import jax
 
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+# Of XLA, which other backends do not read.
+MULTI_OUTPUT_FUSION = "xla_cpu_use_multi_output_fusion=true"
+
+
+def fuse_outputs() -> None:
+    """XLA's CPU compiler makes one kernel of several results of the same arrays, as it does on TPU and GPU.
+
+    Above all of a parameter, its moments and its means at the end of a step: half as many kernels to compile, and less
+    to read. To be called before a JAX backend is touched; options in XLA_FLAGS that set this field stay as they are.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_backend_extra_options" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_extra_options={MULTI_OUTPUT_FUSION}".lstrip()
 
 
 def keep_working_memory() -> None:

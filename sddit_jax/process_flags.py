@@ -18,7 +18,8 @@ HEARTBEAT = flags.DEFINE_integer(
 
 
 def start_processes() -> None:
-    """Does what the flags say; see `distributed.start` and `cpu.keep_working_memory`."""
+    """Does what the flags say; see `distributed.start` and the functions of `cpu`."""
+    cpu.fuse_outputs()
     distributed.start(
         DISTRIBUTED.value,
         PROCESS_INDEX.value,

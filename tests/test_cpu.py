@@ -1,9 +1,12 @@
-"""Memory that stays from step to step."""
+"""What the commands ask of XLA and glibc where there is no accelerator."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+
+from sddit_jax import cpu
 
 # Runs a program with 64 MiB of working memory ten times, and prints how many pages came anew in each.
 PROGRAM = """
@@ -37,3 +40,41 @@ def test_working_memory_is_kept_between_executions():
     }
     assert pages["as it is"] > 2**13
     assert pages["kept"] < pages["as it is"] / 4
+
+
+# Compiles a step of Adam, and prints into how many kernels.
+UPDATE = """
+import jax, jax.numpy as jnp, optax
+from sddit_jax import cpu
+
+if {fused}:
+    cpu.fuse_outputs()
+
+adam = optax.adam(1e-3)
+
+def update(gradient, state, x):
+    updates, state = adam.update(gradient, state)
+    return optax.apply_updates(x, updates), state
+
+x = jnp.ones((256, 512))
+print(jax.jit(update).lower(x, adam.init(x), x).compile().as_text().count(" fusion("))
+"""
+
+
+def test_results_of_the_same_arrays_share_a_kernel():
+    environment = os.environ | {"XLA_FLAGS": "--xla_cpu_enable_fast_math=false"}
+    kernels = {
+        fused: int(
+            subprocess.run(
+                [sys.executable, "-c", UPDATE.format(fused=fused)], env=environment, check=True, capture_output=True
+            ).stdout
+        )
+        for fused in (False, True)
+    }
+    assert kernels[True] < kernels[False]
+
+
+def test_options_that_the_user_has_set_stay(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion=false")
+    cpu.fuse_outputs()
+    assert os.environ["XLA_FLAGS"] == "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion=false"
