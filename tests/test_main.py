@@ -21,14 +21,9 @@ TINY = f"--config={ROOT}/tests/configs/tiny.py"
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory):
-    """One device, and a compilation cache that the processes of a test session share."""
-    cache = tmp_path_factory.mktemp("compilation_cache")
-    return os.environ | {
-        "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+def environment():
+    """One device."""
+    return os.environ | {"XLA_FLAGS": ""}
 
 
 @pytest.fixture

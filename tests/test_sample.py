@@ -376,13 +376,9 @@ def run(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def start(run, tmp_path_factory):
-    """start(*arguments) -> a process that samples on one device; all share a cache of compilations."""
-    environment = os.environ | {
-        "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compilation_cache")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+def start(run):
+    """start(*arguments) -> a process that samples on one device."""
+    environment = os.environ | {"XLA_FLAGS": ""}
 
     def start(*arguments: str) -> subprocess.Popen:
         return subprocess.Popen(
