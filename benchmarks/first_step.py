@@ -19,7 +19,7 @@ import models
 from absl import flags
 
 from sddit_jax import cli, cpu
-from sddit_jax.state import INIT_COMPILER_OPTIONS, make_parts
+from sddit_jax.state import make_parts
 from sddit_jax.train_step import make_train_step
 
 MODELS = flags.DEFINE_list("models", ["digits", "XL/2"], "digits, or sizes of latents of 256 pixels.")
@@ -33,7 +33,7 @@ def measure(model: str, method: str) -> dict[str, float]:
     parts = make_parts(config)
     batch = models.random_batch(config)
     began = time.monotonic()
-    make_state = jax.jit(parts.init_state, compiler_options=INIT_COMPILER_OPTIONS)
+    make_state = jax.jit(parts.init_state, compiler_options=cpu.init_compiler_options())
     state = make_state(jax.random.key(0)) if model == "digits" else jax.eval_shape(make_state, jax.random.key(0))
     made = time.monotonic()
     lowered = jax.jit(make_train_step(parts), donate_argnums=0).lower(state, batch)

@@ -82,6 +82,8 @@ def elsewhere(make: Callable[..., Callable[[], Any]], *arguments: Any) -> Iterat
         here.recv()
 
     try:
+        # Until it is ready, so that its start takes nothing from the other ways.
+        here.recv()
         yield way
     finally:
         here.close()
@@ -91,6 +93,7 @@ def elsewhere(make: Callable[..., Callable[[], Any]], *arguments: Any) -> Iterat
 def _serve(connection: Connection, make: Callable[..., Callable[[], Any]], arguments: Sequence[Any]) -> None:
     flags.FLAGS(sys.argv)
     way = make(*arguments)
+    connection.send(None)
     with contextlib.suppress(EOFError):
         while True:
             connection.recv()
@@ -112,16 +115,16 @@ def matrix_product() -> tuple[Callable[[], Any], float]:
 
 def machine() -> dict[str, Any]:
     """Where the numbers are from."""
-    cpu = platform.processor()
+    name = platform.processor()
     if (info := Path("/proc/cpuinfo")).exists():
-        cpu = next((line.split(":")[1].strip() for line in info.open() if line.startswith("model name")), cpu)
+        name = next((line.split(":")[1].strip() for line in info.open() if line.startswith("model name")), name)
     versions = {}
     for package in ("jax", "jaxlib", "torch"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(), **versions}
+    return {"cpu": name, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(), **versions}
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:

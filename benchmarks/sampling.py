@@ -2,8 +2,8 @@
 
     python benchmarks/sampling.py [--models=digits,S/2] [--images=16] [--steps=18] [--nocompiled]
 
-Heun's method from the same weights, 2 * steps - 1 passes of 2 * images each. PyTorch, in processes of its own, has the
-network that `convert to-torch` is read by. Needs pip install -e '.[torch]', and for torch.compile a C++ compiler
+Heun's method from the same weights, 2 * steps - 1 passes of 2 * images each. PyTorch, in processes of its own, runs the
+network that reads what `convert to-torch` writes. Needs pip install -e '.[torch]', and for torch.compile a C++ compiler
 (--nocompiled).
 """
 

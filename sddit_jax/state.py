@@ -17,8 +17,6 @@ from sddit_jax.objectives.compose import make_objectives
 from sddit_jax.optimizer import make_optimizer
 
 State = dict[str, Any]
-# Of `init_state`, which runs once: half the time to compile on CPUs.
-INIT_COMPILER_OPTIONS = {"xla_backend_optimization_level": 1}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sddit_jax import config as config_lib
-from sddit_jax import evaluation, sharding
+from sddit_jax import cpu, evaluation, sharding
 from sddit_jax.checkpoint import Checkpointer
 from sddit_jax.codec import check_codec
 from sddit_jax.data.loader import make_loader
@@ -27,7 +27,7 @@ from sddit_jax.runs import CHECKPOINTS, CONFIG, abstract_state, read_config, res
 from sddit_jax.sampling.decoding import Decode
 from sddit_jax.sampling.sampler import balanced_labels, make_generate, make_sample
 from sddit_jax.schema import Config
-from sddit_jax.state import INIT_COMPILER_OPTIONS, Parts, State, make_parts
+from sddit_jax.state import Parts, State, make_parts
 from sddit_jax.train_step import make_train_step
 from sddit_jax.weights.decoding import load_decode
 
@@ -60,7 +60,7 @@ def train(config: Config, workdir: Path) -> None:
     elif config.init_from:
         state = _started_from(Path(config.init_from).expanduser(), parts, codec, mesh, layout)
     else:
-        init_state = jax.jit(parts.init_state, out_shardings=layout, compiler_options=INIT_COMPILER_OPTIONS)
+        init_state = jax.jit(parts.init_state, out_shardings=layout, compiler_options=cpu.init_compiler_options())
         state = init_state(jax.random.key(config.seed))
     start = int(state["step"])
     if start > config.steps:

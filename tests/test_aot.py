@@ -128,7 +128,7 @@ def test_what_takes_less_memory_the_cheapest_first():
 
 
 def preflight(*arguments):
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     return subprocess.run(
         [sys.executable, "-m", "sddit_jax.preflight", *arguments],
         env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600,

@@ -4,7 +4,10 @@ import os
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
+from tiny import tiny_parts
 
 from sddit_jax import cpu
 
@@ -62,7 +65,10 @@ print(jax.jit(update).lower(x, adam.init(x), x).compile().as_text().count(" fusi
 
 
 def test_results_of_the_same_arrays_share_a_kernel():
-    environment = os.environ | {"XLA_FLAGS": "--xla_cpu_enable_fast_math=false"}
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_cpu_enable_fast_math=false",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+    }
     kernels = {
         fused: int(
             subprocess.run(
@@ -74,7 +80,27 @@ def test_results_of_the_same_arrays_share_a_kernel():
     assert kernels[True] < kernels[False]
 
 
-def test_options_that_the_user_has_set_stay(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion=false")
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("", cpu.MULTI_OUTPUT_FUSION),
+        # The last one counts.
+        (" --xla_backend_extra_options=a=b", f"{cpu.MULTI_OUTPUT_FUSION} --xla_backend_extra_options=a=b"),
+        (f"{cpu.MULTI_OUTPUT_FUSION} --xla_dump_to=x", f"{cpu.MULTI_OUTPUT_FUSION} --xla_dump_to=x"),
+        ("/etc/xla_flags", "/etc/xla_flags"),
+    ],
+)
+def test_flags_that_the_user_has_set_stay(monkeypatch, before, after):
+    monkeypatch.setenv("XLA_FLAGS", before)
     cpu.fuse_outputs()
-    assert os.environ["XLA_FLAGS"] == "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion=false"
+    assert os.environ["XLA_FLAGS"] == after
+
+
+def test_a_quick_initialisation_gives_the_same_bits():
+    parts = tiny_parts("sd_dit")
+    states = [
+        jax.jit(parts.init_state, compiler_options=options)(jax.random.key(3))
+        for options in (None, cpu.init_compiler_options())
+    ]
+    assert cpu.init_compiler_options()
+    jax.tree.map(np.testing.assert_array_equal, *states)

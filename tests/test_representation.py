@@ -215,15 +215,10 @@ def test_latents_are_the_means_of_their_moments(tmp_path):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The workdir of a run on the digits, and a function that probes it, or another."""
-    workdir, cache = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("cache")
+    workdir = tmp_path_factory.mktemp("run")
     parts = digits_parts()
     save_run(workdir, parts, noised_state(parts))
-    environment = os.environ | {
-        "XLA_FLAGS": "",
-        "OMP_NUM_THREADS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    environment = os.environ | {"XLA_FLAGS": "", "OMP_NUM_THREADS": "1"}
 
     def probed(*arguments, workdir=workdir, code=0):
         done = subprocess.run(

@@ -271,13 +271,13 @@ class Stack(nn.Module):
             x_BND = self.constrain(x_BND, "tokens")
             return x_BND, x_BND if return_hidden else None
 
-        # Flax would trace `init` at each call, to compare shapes; the blocks compare them too.
+        # Flax would trace `init` at each call to compare shapes: the blocks compare theirs, scan and split the depth.
         params = self.param("blocks", init) if self.is_initializing() else self.variables["params"]["blocks"]
         # jax.checkpoint copies what it keeps, and on one device there is nothing to gather again.
         if self.remat != "none" or self.constrain is not unconstrained:
             body = rematerialise(body, self.remat, prevent_cse=not self.scan)
         if self.scan:
-            return jax.lax.scan(body, x_BND, params)
+            return jax.lax.scan(body, x_BND, params, length=self.depth)
         # Traced once for all blocks.
         body = jax.jit(body)
         # lax.split's transpose is one concatenation; that of slicing adds `depth` arrays padded to full size.

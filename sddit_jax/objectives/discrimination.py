@@ -64,21 +64,20 @@ class Discrimination:
         """The sum of the terms. Gradients reach the student's encoder and head, and nothing of the teacher."""
         c = self.config
         teacher = jax.lax.stop_gradient(self.teacher(aux, ema))
-        student_tokens = _by_kind(views.encoded)
-        teacher_tokens = self._teacher_tokens(teacher, views.x0, views.eps, views.label_B)
+        student_vectors, student_prototypes_KE = self._project(params, views.encoded)
+        teacher_vectors, teacher_prototypes_KE = jax.lax.stop_gradient(
+            self._project(teacher, self._encode(teacher, views.x0, views.eps, views.label_B))
+        )
         total, metrics, statistics = jnp.zeros(()), {}, {}
         for kind, cell_BN in self._cells(views.label_B).items():
-            student_BVE, student_prototypes_KE = self.network.project(params, student_tokens[kind])
-            teacher_BNE, teacher_prototypes_KE = jax.lax.stop_gradient(
-                self.network.project(teacher, teacher_tokens[kind])
-            )
+            teacher_BNE = teacher_vectors[kind]
             center_MK = aux["center"][kind]
             vectors_ME, count_M = _mean_by_cell(teacher_BNE, cell_BN, center_MK.shape[0])
             if kind == "patch" and views.mask is not None:
                 teacher_BNE = take(teacher_BNE, views.mask.visible_BV)
                 cell_BN = jnp.take_along_axis(cell_BN, views.mask.visible_BV, axis=1)
             loss, assignments = prototype_cross_entropy(
-                student_BVE, student_prototypes_KE, teacher_BNE, teacher_prototypes_KE, center_MK, cell_BN,
+                student_vectors[kind], student_prototypes_KE, teacher_BNE, teacher_prototypes_KE, center_MK, cell_BN,
                 c.student_temperature, self._temperature(aux, kind, step), c.chunk,
             )  # fmt: skip
             total += loss
@@ -132,15 +131,13 @@ class Discrimination:
         """
         label_B = jnp.minimum(label_B, self.network.model.num_classes)
         teacher = self.teacher(aux, ema)
-        tokens = self._teacher_tokens(teacher, x0_BHWC, eps_BHWC, label_B)
+        vectors, prototypes_KE = self._project(teacher, self._encode(teacher, x0_BHWC, eps_BHWC, label_B))
         metrics = {}
         for kind, cell_BN in self._cells(label_B).items():
-            vectors_BNE, prototypes_KE = self.network.project(teacher, tokens[kind])
             center_MK, temperature = aux["center"][kind], self._temperature(aux, kind, step)
 
             def at_position(
                 xs: tuple[jax.Array, jax.Array],
-                prototypes_KE: jax.Array = prototypes_KE,
                 center_MK: jax.Array = center_MK,
                 temperature: jax.Array = temperature,
             ) -> jax.Array:
@@ -148,16 +145,26 @@ class Discrimination:
                 logits_BK = jnp.matmul(vectors_BE, prototypes_KE.T, precision=HIGHEST) - center_MK[cell_B]
                 return assignment_information(jax.nn.softmax(logits_BK / temperature), label_B)
 
-            by_position = jax.lax.map(at_position, (vectors_BNE.swapaxes(0, 1), cell_BN.T))
+            by_position = jax.lax.map(at_position, (vectors[kind].swapaxes(0, 1), cell_BN.T))
             metrics[f"teacher/{kind}/information"] = by_position.mean()
         return metrics
 
-    def _teacher_tokens(
-        self, teacher: Any, x0_BHWC: jax.Array, eps_BHWC: jax.Array, label_B: jax.Array
-    ) -> dict[str, jax.Array]:
+    def _encode(self, teacher: Any, x0_BHWC: jax.Array, eps_BHWC: jax.Array, label_B: jax.Array) -> Encoded:
+        """What the teacher sees, all tokens at the lowest noise level."""
         sigma_B = jnp.full(x0_BHWC.shape[0], self.diffusion.sigma_min, jnp.float32)
         noised = self.diffusion.noised(x0_BHWC, eps_BHWC, sigma_B)
-        return _by_kind(self.network.encode(teacher, *self.diffusion.network_input(noised, sigma_B), label_B))
+        return self.network.encode(teacher, *self.diffusion.network_input(noised, sigma_B), label_B)
+
+    def _project(self, params: Any, encoded: Encoded) -> tuple[dict[str, jax.Array], jax.Array]:
+        """One pass of the head: unit vectors of each kind of token, [B, N, E] and [B, 1, E], and prototypes [K, E]."""
+        tokens = encoded.tokens_BVD
+        if encoded.cls_BD is None:
+            vectors_BVE, prototypes_KE = self.network.project(params, tokens)
+            return {"patch": vectors_BVE}, prototypes_KE
+        tokens = jnp.concatenate([encoded.cls_BD[:, None], tokens], axis=1)
+        vectors, prototypes_KE = self.network.project(params, tokens)
+        cls_B1E, patch_BVE = jax.lax.split(vectors, (1, vectors.shape[1] - 1), axis=1)
+        return {"patch": patch_BVE, "cls": cls_B1E}, prototypes_KE
 
     def _cells(self, label_B: jax.Array) -> dict[str, jax.Array]:
         """For each kind of token, the row of its center's table: int32 [B, N] and [B, 1]."""
@@ -173,11 +180,6 @@ class Discrimination:
         first, last = c.teacher_temperature
         temperature = schedules.linear(step, first, last, c.teacher_temperature_warmup * self.steps)
         return temperature * jnp.sqrt(aux["variance"][kind] + VARIANCE_FLOOR) if c.standardise else temperature
-
-
-def _by_kind(encoded: Encoded) -> dict[str, jax.Array]:
-    tokens = {"patch": encoded.tokens_BVD}
-    return tokens if encoded.cls_BD is None else tokens | {"cls": encoded.cls_BD[:, None]}
 
 
 def _mean_by_cell(vectors_BNE: jax.Array, cell_BN: jax.Array, cells: int) -> tuple[jax.Array, jax.Array]:

@@ -39,6 +39,14 @@ def assert_close(a, b, tolerance=2e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, tolerance, tolerance), a, b)
 
 
+@pytest.mark.parametrize("scan", [True, False])
+def test_parameters_of_another_depth_are_refused(tokens, scan):
+    deeper = Stack(depth=DEPTH + 1, heads=2, mlp_ratio=4.0, dtype=jnp.float32, scan=scan, remat="none")
+    params = deeper.init(KEY, *tokens)
+    with pytest.raises((TypeError, ValueError), match=str(DEPTH + 1)):
+        stack(scan).apply(params, *tokens)
+
+
 def test_positions():
     positions = positions_2d(384, 16)
     assert positions.shape == (256, 384)
