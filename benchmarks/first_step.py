@@ -57,7 +57,6 @@ def child(model: str, method: str, cache: str) -> dict[str, float]:
 def main() -> None:
     """Prints the table."""
     if CHILD.value:
-        cpu.fuse_outputs()
         cpu.keep_working_memory()
         print(json.dumps(measure(MODELS.value[0], METHODS.value[0])))
         return

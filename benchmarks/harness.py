@@ -42,10 +42,9 @@ class Spread:
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Runs a benchmark as the commands run: see `cli.run` and the functions of `cpu`."""
+    """Runs a benchmark as the commands run: see `cli.run` and `cpu.keep_working_memory`."""
 
     def command() -> None:
-        cpu.fuse_outputs()
         cpu.keep_working_memory()
         main()
 

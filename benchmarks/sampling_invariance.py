@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from sddit_jax import cli, cpu, sharding
+from sddit_jax import cli, sharding
 from sddit_jax.config import resolve
 from sddit_jax.errors import UserError
 from sddit_jax.runs import open_checkpoints
@@ -41,7 +41,6 @@ def main() -> None:
     """Prints the table."""
     if not WORKDIR.value:
         raise UserError("--workdir=RUN is needed")
-    cpu.fuse_outputs()
     jax.config.update("jax_num_cpu_devices", DEVICES.value)
     ema, meta = open_checkpoints(Path(WORKDIR.value).expanduser()).restore_ema()
     if meta["codec"]["name"] != "pixels":

@@ -1,26 +1,11 @@
-"""Running on CPUs: kernels with several results, memory that is kept from step to step, and a quick initialisation."""
+"""Running on CPUs: memory that is kept from step to step, and a quick initialisation."""
 
 import ctypes
-import os
 
 import jax
 
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-# Of XLA; other backends do not read it.
-MULTI_OUTPUT_FUSION = "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion=true"
-
-
-def fuse_outputs() -> None:
-    """XLA's CPU compiler makes one kernel of several results of the same arrays, as it does on TPU and GPU.
-
-    Above all of a parameter, its moments and its means at the end of a step: half as many kernels to compile, and less
-    to read. To be called before a JAX backend is touched. What XLA_FLAGS says of the same option counts for more; an
-    XLA_FLAGS that names a file stays as it is.
-    """
-    flags = os.environ.get("XLA_FLAGS", "").strip()
-    if MULTI_OUTPUT_FUSION not in flags and (not flags or flags.startswith("-")):
-        os.environ["XLA_FLAGS"] = f"{MULTI_OUTPUT_FUSION} {flags}".strip()
 
 
 def keep_working_memory() -> None:

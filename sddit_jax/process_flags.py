@@ -18,8 +18,7 @@ HEARTBEAT = flags.DEFINE_integer(
 
 
 def start_processes() -> None:
-    """Does what the flags say; see `distributed.start` and the functions of `cpu`."""
-    cpu.fuse_outputs()
+    """Does what the flags say; see `distributed.start` and `cpu.keep_working_memory`."""
     distributed.start(
         DISTRIBUTED.value,
         PROCESS_INDEX.value,

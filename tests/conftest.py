@@ -8,11 +8,7 @@ import tempfile
 # Read by jax when it is imported, so this stays ahead of any import of it.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
-    " --xla_force_host_platform_device_count=8"
-    # As the commands compile.
-    " --xla_backend_extra_options=xla_cpu_use_multi_output_fusion=true"
-)
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 # Commands in subprocesses, of which many compile the same, share one cache; pytest's own workers inherit its name.
 if "SDDIT_TEST_CACHE" not in os.environ:
     os.environ["SDDIT_TEST_CACHE"] = tempfile.mkdtemp(prefix="sddit_jax_tests_")
