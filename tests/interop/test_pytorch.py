@@ -43,7 +43,7 @@ def random_inputs(config, batch=2):
     return x_BHWC, sigma_B, label_B
 
 
-def assert_same_network(config, bound, guided=True):
+def assert_same_network(config, bound):
     """D plain, guided (on all and on some channels) and masked, of both networks."""
     network, params = random_network(config)
     diffusion = make_diffusion(config.diffusion)
@@ -64,17 +64,17 @@ def assert_same_network(config, bound, guided=True):
 
     with torch.no_grad():
         assert_close(denoised(params, None), twin(*tensors))
-        if guided and config.model.num_classes:
+        if config.model.num_classes:
             sigma = jnp.float32(0.7)
             for channels in (0, 1):
 
                 @jit
-                def both_passes(params, channels=channels):
+                def guided(params, channels=channels):
                     output = make_output(network, diffusion, params, label_B, 1.5, channels)
                     return make_denoise(output, diffusion)(x_BHWC, sigma)
 
                 theirs = twin.guided(tensors[0], torch.full((2,), 0.7), tensors[2], 1.5, channels)
-                assert_close(both_passes(params), theirs)
+                assert_close(guided(params), theirs)
         if config.model.decoder_depth:
             mask = sample_mask(jax.random.key(1), 2, network.tokens, config.masking.ratio or 0.3)
             assert_close(denoised(params, mask), twin(*tensors, to_torch(mask.visible_BV)))
@@ -99,13 +99,13 @@ def test_the_same_network(method, changes):
 @pytest.mark.parametrize(("method", "changes"), [("maskdit", {}), ("dit", DIT)])
 def test_the_same_network_at_published_sizes(size, method, changes):
     model = {f"model.{key}": value for key, value in decode(size).items()}
-    assert_same_network(make_config(method, model | changes), 1e-4, guided=size == "S/2")
+    assert_same_network(make_config(method, model | changes), 1e-4)
 
 
 @pytest.mark.slow
 def test_the_same_network_at_512_pixels():
     model = {f"model.{key}": value for key, value in decode("S/2").items()}
-    assert_same_network(make_config("sd_dit", model | {"model.image_size": 64}), 1e-4, guided=False)
+    assert_same_network(make_config("sd_dit", model | {"model.image_size": 64}), 1e-4)
 
 
 def test_a_tree_comes_back_from_the_state_dict_bit_for_bit():
