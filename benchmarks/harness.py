@@ -24,7 +24,8 @@ from sddit_jax import cli, cpu
 REPETITIONS = flags.DEFINE_integer("repetitions", 7, "Measurements of each way.", lower_bound=1)
 JSON = flags.DEFINE_string("json", None, "Also write the rows, and machine and versions, to this file.")
 
-MATRIX = 2048
+# Else JAX would take most of a GPU's memory at its start, and leave too little for PyTorch.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,10 +107,11 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def matrix_product() -> tuple[Callable[[], Any], float]:
-    """A product of float32 matrices, and its operations: what the machine multiplies at best."""
-    a = jax.random.normal(jax.random.key(0), (MATRIX, MATRIX))
+    """A product of matrices, float32 or on accelerators bfloat16, and its operations: what the machine does at best."""
+    size, dtype = (2048, jnp.float32) if jax.default_backend() == "cpu" else (16384, jnp.bfloat16)
+    a = jax.random.normal(jax.random.key(0), (size, size), dtype)
     product = jax.jit(jnp.matmul)
-    return lambda: product(a, a), 2.0 * MATRIX**3
+    return lambda: product(a, a), 2.0 * size**3
 
 
 def machine() -> dict[str, Any]:
@@ -123,7 +125,9 @@ def machine() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {"cpu": name, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(), **versions}
+    where = {"cpu": name, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(), **versions}
+    device = jax.devices()[0]
+    return where if device.platform == "cpu" else {device.platform: device.device_kind, **where}
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:

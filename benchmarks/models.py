@@ -22,14 +22,15 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Images of a step; digits ha
 
 
 def configuration(model: str, method: str, changes: dict | None = None) -> schema.Config:
-    """`digits`, or a size of latents of 256 pixels such as S/2, in float32 and keeping matrix products alone."""
+    """`digits`, or a size of latents of 256 pixels such as S/2, keeping matrix products alone; on CPUs in float32."""
     if model == "digits":
         config = runpy.run_path(str(DIGITS))["get_config"](method)
     else:
         config = imagenet(256, f"size={model},method={method}")
         with config.unlocked():
             config.batch_size = BATCH_SIZE.value
-            config.model.dtype = "float32"
+            if jax.default_backend() == "cpu":
+                config.model.dtype = "float32"
             config.parallel.data, config.parallel.fsdp = -1, 1
     config.update_from_flattened_dict(changes or {})
     return resolve(config)

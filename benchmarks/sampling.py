@@ -1,10 +1,10 @@
-"""Sampling with guidance in float32 on the CPU, beside the same in PyTorch: prints a table.
+"""Sampling with guidance beside the same in PyTorch, in float32 on a CPU, in bfloat16 on a GPU: prints a table.
 
     python benchmarks/sampling.py [--models=digits,S/2] [--images=16] [--steps=18] [--nocompiled]
 
 Heun's method from the same weights, 2 * steps - 1 passes of 2 * images each. PyTorch, in processes of its own, runs the
-network that reads what `convert to-torch` writes. Needs pip install -e '.[torch]', and for torch.compile a C++ compiler
-(--nocompiled).
+network that reads what `convert to-torch` writes. Needs pip install -e '.[torch]', for a GPU a PyTorch of CUDA, and for
+torch.compile a C++ compiler (--nocompiled).
 """
 
 import contextlib
@@ -38,16 +38,19 @@ def sampling_config(model: str) -> schema.Config:
     return dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, steps=STEPS.value, guidance=1.5))
 
 
-def torch_sample(model: str, compiled: bool) -> Callable[[], Any]:
-    """The same images in PyTorch."""
+def torch_sample(model: str, compiled: bool, device: str) -> Callable[[], Any]:
+    """The same images in PyTorch on "cpu" or "cuda"."""
+    jax.config.update("jax_platforms", "cpu")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     config = sampling_config(model)
     params = jax.jit(make_parts(config).network.init)(jax.random.key(0))
     twin = make_twin(config, params).eval()
+    if device != "cpu":
+        pytorch.cast(twin, torch.bfloat16).to(device)
     if compiled:
         twin.output = torch.compile(twin.output)
     labels = [index % config.model.num_classes for index in range(IMAGES.value)]
-    return lambda: pytorch.sample(twin, labels)
+    return lambda: pytorch.sample(twin, labels).cpu()
 
 
 def row(model: str) -> dict[str, Any]:
@@ -61,7 +64,8 @@ def row(model: str) -> dict[str, Any]:
     product, operations = harness.matrix_product()
     with contextlib.ExitStack() as processes:
         for name in ("PyTorch", "compiled") if COMPILED.value else ("PyTorch",):
-            torch_way = harness.elsewhere(torch_sample, model, name == "compiled")
+            device = "cpu" if jax.default_backend() == "cpu" else "cuda"
+            torch_way = harness.elsewhere(torch_sample, model, name == "compiled", device)
             ways[name] = processes.enter_context(torch_way)
         times = harness.measure(ways | {"product": product}, harness.REPETITIONS.value)
     arithmetic = IMAGES.value * 2 * (2 * STEPS.value - 1) * flops.sampling(config)

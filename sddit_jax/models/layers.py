@@ -119,13 +119,41 @@ def promote_without_key_bias(
     return x_BND, kernel_DTHC, bias_THC.at[1].set(jax.lax.stop_gradient(bias_THC[1]))
 
 
-@jax.custom_vjp
 def attention(q_BHNC: jax.Array, k_BHNC: jax.Array, v_BHNC: jax.Array) -> jax.Array:
     """softmax(q k^T / sqrt(C)) v, [B, H, N, C] in v's dtype; the softmax is float32.
 
     The backward pass computes the softmax again, as in FlashAttention (Dao et al. 2022): what is kept of a block does
-    not grow with N^2.
+    not grow with N^2. On NVIDIA's GPUs and in bfloat16 it is cuDNN's kernel, elsewhere products as XLA fuses them.
     """
+    in_one_kernel = q_BHNC.dtype == jnp.bfloat16 and q_BHNC.shape[-1] % 8 == 0 and has_cudnn_attention()
+    return (flash_attention if in_one_kernel else product_attention)(q_BHNC, k_BHNC, v_BHNC)
+
+
+def has_cudnn_attention() -> bool:
+    """Whether the devices are GPUs that cuDNN has a fused attention for, NVIDIA's since Ampere."""
+    device = jax.devices()[0]
+    cuda = device.platform == "gpu" and "cuda" in device.client.platform_version.lower()
+    return cuda and float(device.compute_capability) >= 8
+
+
+def flash_attention(
+    q_BHNC: jax.Array, k_BHNC: jax.Array, v_BHNC: jax.Array, implementation: str = "cudnn"
+) -> jax.Array:
+    """`attention` by jax.nn's `implementation`: cuDNN's takes bfloat16 and multiples of 8 channels."""
+    tokens = q_BHNC.shape[2]
+    # cuDNN takes even numbers of tokens: an odd one gets one more, which nothing attends to.
+    padding = ((0, 0), (0, tokens % 2), (0, 0), (0, 0))
+    q_BNHC, k_BNHC, v_BNHC = (jnp.pad(x.swapaxes(1, 2), padding) for x in (q_BHNC, k_BHNC, v_BHNC))
+    keys_B = jnp.full(len(q_BNHC), tokens, jnp.int32) if tokens % 2 else None
+    out_BNHC = jax.nn.dot_product_attention(
+        q_BNHC, k_BNHC, v_BNHC, key_value_seq_lengths=keys_B, implementation=implementation
+    )
+    return checkpoint_name(out_BNHC[:, :tokens].swapaxes(1, 2), ATTENDED)
+
+
+@jax.custom_vjp
+def product_attention(q_BHNC: jax.Array, k_BHNC: jax.Array, v_BHNC: jax.Array) -> jax.Array:
+    """`attention` as matrix products and a softmax."""
     return _attention_forward(q_BHNC, k_BHNC, v_BHNC)[0]
 
 
@@ -158,7 +186,7 @@ def _attention_backward(residuals: tuple, d_out_BHNC: jax.Array) -> tuple[jax.Ar
     return d_q_BHNC, d_k_BHNC, d_v_BHNC
 
 
-attention.defvjp(_attention_forward, _attention_backward)
+product_attention.defvjp(_attention_forward, _attention_backward)
 
 
 class Attention(nn.Module):

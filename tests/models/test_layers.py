@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 from helpers import random_params, tiny_config
 
-from sddit_jax.models.layers import Attention, LabelEmbedding, Stack, layer_norm, positions_2d, sinusoid
+from sddit_jax.models import layers
+from sddit_jax.models.layers import (
+    Attention,
+    LabelEmbedding,
+    Stack,
+    flash_attention,
+    layer_norm,
+    positions_2d,
+    product_attention,
+    sinusoid,
+)
 from sddit_jax.models.transformer import Network, patchify, unpatchify
 
 DEPTH = 2
@@ -184,6 +194,23 @@ def test_the_bias_of_the_keys_changes_nothing_and_gets_no_gradient(tokens):
     bias = jax.grad(lambda p: jnp.square(attention.apply({"params": p}, x_BND)).sum())(params)["qkv"]["bias"]
     assert [bool(jnp.all(part != 0)) for part in bias] == [True, False, True]
     assert not bias[1].any()
+
+
+@pytest.mark.parametrize("count", [6, 7])
+@pytest.mark.parametrize("implementation", ["xla", "cudnn"])
+def test_flash_attention_is_attention(implementation, count):
+    if implementation == "cudnn" and not layers.has_cudnn_attention():
+        pytest.skip("needs a GPU that cuDNN has the kernel for")
+    dtype, tolerance = (jnp.float32, 2e-6) if implementation == "xla" else (jnp.bfloat16, 2e-2)
+    q, k, v, d_out = jax.random.normal(jax.random.key(5), (4, 2, 3, count, 16)).astype(dtype)
+
+    def value_and_gradients(attention, *operands):
+        out, pullback = jax.vjp(attention, *operands[:3])
+        return out, pullback(operands[3])
+
+    exact = value_and_gradients(product_attention, *(x.astype(jnp.float32) for x in (q, k, v, d_out)))
+    ours = value_and_gradients(lambda *qkv: flash_attention(*qkv, implementation), q, k, v, d_out)
+    assert_close(jax.tree.map(lambda x: np.asarray(x, np.float32), ours), exact, tolerance)
 
 
 @pytest.mark.parametrize("scan", [True, False])
