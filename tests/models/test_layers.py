@@ -208,8 +208,9 @@ def test_flash_attention_is_attention(implementation, count):
         out, pullback = jax.vjp(attention, *operands[:3])
         return out, pullback(operands[3])
 
-    exact = value_and_gradients(product_attention, *(x.astype(jnp.float32) for x in (q, k, v, d_out)))
-    ours = value_and_gradients(lambda *qkv: flash_attention(*qkv, implementation), q, k, v, d_out)
+    with jax.default_matmul_precision("highest"):
+        exact = value_and_gradients(product_attention, *(x.astype(jnp.float32) for x in (q, k, v, d_out)))
+        ours = value_and_gradients(lambda *qkv: flash_attention(*qkv, implementation), q, k, v, d_out)
     assert_close(jax.tree.map(lambda x: np.asarray(x, np.float32), ours), exact, tolerance)
 
 
