@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from sddit_jax import cli, cpu
+from sddit_jax.errors import UserError
 
 REPETITIONS = flags.DEFINE_integer("repetitions", 7, "Measurements of each way.", lower_bound=1)
 JSON = flags.DEFINE_string("json", None, "Also write the rows, and machine and versions, to this file.")
@@ -101,6 +102,14 @@ def _serve(connection: Connection, make: Callable[..., Callable[[], Any]], argum
             connection.send(None)
 
 
+def torch_device() -> str:
+    """PyTorch's name for the kind of device that JAX computes on. Raises UserError for one that it has not."""
+    names = {"cpu": "cpu", "gpu": "cuda"}
+    if (backend := jax.default_backend()) not in names:
+        raise UserError(f"PyTorch is compared on {' and '.join(names)}, and JAX computes on {backend}")
+    return names[backend]
+
+
 def spread(values: Sequence[float]) -> Spread:
     """Median and range."""
     return Spread(statistics.median(values), min(values), max(values))
@@ -108,6 +117,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 def matrix_product() -> tuple[Callable[[], Any], float]:
     """A product of matrices, float32 or on accelerators bfloat16, and its operations: what the machine does at best."""
+    # Large enough that starting it costs nothing.
     size, dtype = (2048, jnp.float32) if jax.default_backend() == "cpu" else (16384, jnp.bfloat16)
     a = jax.random.normal(jax.random.key(0), (size, size), dtype)
     product = jax.jit(jnp.matmul)
@@ -125,19 +135,17 @@ def machine() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    where = {"cpu": name, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(), **versions}
-    device = jax.devices()[0]
-    return where if device.platform == "cpu" else {device.platform: device.device_kind, **where}
+    return {"cpu": name, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(), **versions}
 
 
-def show(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Prints rows of the same columns as a table in Markdown, and machine and versions; writes them if asked for."""
+def show(rows: Sequence[Mapping[str, Any]], **where: str) -> None:
+    """Prints rows of the same columns as a table in Markdown, and `where`, machine and versions; writes all if asked."""
     columns = list(rows[0])
     print(f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}", sep="\n")
     for row in rows:
         cells = (f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row.values())
         print(f"| {' | '.join(cells)} |")
-    where = machine()
+    where |= machine()
     print("\n" + ", ".join(f"{name} {value}" for name, value in where.items()), flush=True)
     if JSON.value:
         rows = [{k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in r.items()} for r in rows]

@@ -16,22 +16,24 @@ from sddit_jax.state import make_parts
 from sddit_jax.train_step import make_train_step
 
 DIGITS = Path(__file__).parents[1] / "configs" / "digits.py"
-# Fastest on CPUs, whose memory holds what a small model keeps for the backward pass: layers one by one, and no scan.
-ALL_KEPT = {"model.scan": False, "model.remat": "none"}
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Images of a step; digits have their own number.", lower_bound=1)
 
 
+def fastest() -> dict[str, Any]:
+    """On CPUs layers one by one, and all kept for the backward pass, which their memory holds; elsewhere the recipe."""
+    return {"model.scan": False, "model.remat": "none"} if jax.default_backend() == "cpu" else {}
+
+
 def configuration(model: str, method: str, changes: dict | None = None) -> schema.Config:
-    """`digits`, or a size of latents of 256 pixels such as S/2, keeping matrix products alone; on CPUs in float32."""
+    """`digits`, or a size of latents of 256 pixels such as S/2; in float32 on CPUs, elsewhere in bfloat16."""
     if model == "digits":
         config = runpy.run_path(str(DIGITS))["get_config"](method)
     else:
         config = imagenet(256, f"size={model},method={method}")
         with config.unlocked():
             config.batch_size = BATCH_SIZE.value
-            if jax.default_backend() == "cpu":
-                config.model.dtype = "float32"
             config.parallel.data, config.parallel.fsdp = -1, 1
+    config.model.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     config.update_from_flattened_dict(changes or {})
     return resolve(config)
 

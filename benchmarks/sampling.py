@@ -2,9 +2,9 @@
 
     python benchmarks/sampling.py [--models=digits,S/2] [--images=16] [--steps=18] [--nocompiled]
 
-Heun's method from the same weights, 2 * steps - 1 passes of 2 * images each. PyTorch, in processes of its own, runs the
-network that reads what `convert to-torch` writes. Needs pip install -e '.[torch]', for a GPU a PyTorch of CUDA, and for
-torch.compile a C++ compiler (--nocompiled).
+Heun's method from the same weights, 2 * steps - 1 passes of 2 * images each, which PyTorch does one half after the
+other. PyTorch, in processes of its own, runs the network that reads what `convert to-torch` writes. Needs
+pip install -e '.[torch]', for a GPU a PyTorch of CUDA, and for torch.compile a C++ compiler (--nocompiled).
 """
 
 import contextlib
@@ -64,8 +64,7 @@ def row(model: str) -> dict[str, Any]:
     product, operations = harness.matrix_product()
     with contextlib.ExitStack() as processes:
         for name in ("PyTorch", "compiled") if COMPILED.value else ("PyTorch",):
-            device = "cpu" if jax.default_backend() == "cpu" else "cuda"
-            torch_way = harness.elsewhere(torch_sample, model, name == "compiled", device)
+            torch_way = harness.elsewhere(torch_sample, model, name == "compiled", harness.torch_device())
             ways[name] = processes.enter_context(torch_way)
         times = harness.measure(ways | {"product": product}, harness.REPETITIONS.value)
     arithmetic = IMAGES.value * 2 * (2 * STEPS.value - 1) * flops.sampling(config)
@@ -77,7 +76,7 @@ def row(model: str) -> dict[str, Any]:
 
 def main() -> None:
     """Prints the table."""
-    harness.show([row(model) for model in MODELS.value])
+    harness.show([row(model) for model in MODELS.value], device=jax.devices()[0].device_kind)
 
 
 if __name__ == "__main__":

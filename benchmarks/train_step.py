@@ -5,7 +5,8 @@
 
 The same weights, data and threads; PyTorch in processes of its own, with memory as it manages it. A step draws noise
 and masks, and updates parameters (AdamW, in PyTorch fused), EMA and teacher. PyTorch does not update the centers of the
-discrimination, whose cost is negligible, and on a GPU it multiplies by the prototypes in bfloat16 (autocast).
+discrimination, whose cost is negligible. On a GPU it has autocast, as its codes do: the stream between blocks is
+float32, products by the prototypes bfloat16, and nothing is computed twice; here it is the other way round.
 `products` are the matrix products that the step cannot do without (sddit_jax/flops.py), over its time, as a share of
 what one large one reaches in the same run. Needs pip install -e '.[torch]', for a GPU a PyTorch of CUDA, and for
 torch.compile a C++ compiler (--nocompiled).
@@ -46,7 +47,8 @@ def torch_step(model: str, method: str, compiled: bool, device: str) -> Callable
     teacher, d = None, config.objectives.discrimination
     if d.weight:
         teacher = make_teacher(config, state["params"], state["aux"]["discrimination"])
-        teacher.encoder.to(device), teacher.head.to(device)
+        for module in (teacher.encoder, teacher.head):
+            module.to(device)
         teacher.center = {kind: center.to(device) for kind, center in teacher.center.items()}
         for name in ("encoder", "head"):
             own, students = (list(getattr(x, name).parameters()) for x in (teacher, network))
@@ -71,8 +73,9 @@ def torch_step(model: str, method: str, compiled: bool, device: str) -> Callable
         sigma = (diffusion.log_sigma_mean + diffusion.log_sigma_std * torch.randn(len(x0), device=device)).exp()
         dropped = torch.rand(len(x0), device=device) < config.objectives.label_dropout
         label = torch.where(dropped, config.model.num_classes, label_B)
-        order = torch.rand(len(x0), tokens, device=device).argsort(1)
-        mask = order[:, :visible].sort(1).values if config.masking.ratio else None
+        mask = None
+        if config.masking.ratio:
+            mask = torch.rand(len(x0), tokens, device=device).argsort(1)[:, :visible].sort(1).values
         optimizer.zero_grad()
         loss_fn(x0, torch.randn_like(x0), sigma, label, mask).backward()
         optimizer.step()
@@ -87,14 +90,12 @@ def torch_step(model: str, method: str, compiled: bool, device: str) -> Callable
 
 def row(model: str, method: str) -> dict[str, Any]:
     """The cells of a row."""
-    on_cpu = jax.default_backend() == "cpu"
-    config = models.configuration(model, method, models.ALL_KEPT if on_cpu else {})
+    config = models.configuration(model, method, models.fastest())
     product, operations = harness.matrix_product()
     ways = {"JAX": models.train_step(config, models.random_batch(config))}
     with contextlib.ExitStack() as processes:
         for name in ("PyTorch", "compiled") if COMPILED.value else ("PyTorch",):
-            device = "cpu" if on_cpu else "cuda"
-            torch_way = harness.elsewhere(torch_step, model, method, name == "compiled", device)
+            torch_way = harness.elsewhere(torch_step, model, method, name == "compiled", harness.torch_device())
             ways[name] = processes.enter_context(torch_way)
         times = harness.measure(ways | {"product": product}, harness.REPETITIONS.value)
     rate = operations / times["product"].median
@@ -109,7 +110,8 @@ def row(model: str, method: str) -> dict[str, Any]:
 
 def main() -> None:
     """Prints the table."""
-    harness.show([row(model, method) for model in MODELS.value for method in METHODS.value])
+    rows = [row(model, method) for model in MODELS.value for method in METHODS.value]
+    harness.show(rows, device=jax.devices()[0].device_kind)
 
 
 if __name__ == "__main__":

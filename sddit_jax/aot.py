@@ -155,7 +155,7 @@ def lower_sampler(config: Config, mesh: Mesh) -> jax.stages.Lowered:
 
 
 def report(config: Config, topology: str, *, sampler: bool = True, quick: bool = False) -> Report:
-    """Compiles a run's train step, and its sampler, for a topology.
+    """Compiles a run's train step, and its sampler, for a topology. JAX itself has to be on CPUs (jax_platforms).
 
     `quick` lets the compiler optimise less, for a fifth of its time: other memory by a few percent, and collectives
     that wait where they would overlap.

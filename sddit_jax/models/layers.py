@@ -125,13 +125,14 @@ def attention(q_BHNC: jax.Array, k_BHNC: jax.Array, v_BHNC: jax.Array) -> jax.Ar
     The backward pass computes the softmax again, as in FlashAttention (Dao et al. 2022): what is kept of a block does
     not grow with N^2. On NVIDIA's GPUs and in bfloat16 it is cuDNN's kernel, elsewhere products as XLA fuses them.
     """
-    in_one_kernel = q_BHNC.dtype == jnp.bfloat16 and q_BHNC.shape[-1] % 8 == 0 and has_cudnn_attention()
+    channels = q_BHNC.shape[-1]
+    in_one_kernel = q_BHNC.dtype == jnp.bfloat16 and channels % 8 == 0 and channels <= 128 and has_cudnn_attention()
     return (flash_attention if in_one_kernel else product_attention)(q_BHNC, k_BHNC, v_BHNC)
 
 
 def has_cudnn_attention() -> bool:
     """Whether the devices are GPUs that cuDNN has a fused attention for, NVIDIA's since Ampere."""
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     cuda = device.platform == "gpu" and "cuda" in device.client.platform_version.lower()
     return cuda and float(device.compute_capability) >= 8
 
@@ -139,21 +140,24 @@ def has_cudnn_attention() -> bool:
 def flash_attention(
     q_BHNC: jax.Array, k_BHNC: jax.Array, v_BHNC: jax.Array, implementation: str = "cudnn"
 ) -> jax.Array:
-    """`attention` by jax.nn's `implementation`: cuDNN's takes bfloat16 and multiples of 8 channels."""
+    """`attention`, [B, H, N, C], by jax.nn's `implementation`: cuDNN's takes bfloat16 and multiples of 8 channels.
+
+    Where a backward pass recomputes anything it computes all of this again: the kernel's own residuals have no name.
+    """
     tokens = q_BHNC.shape[2]
-    # cuDNN takes even numbers of tokens: an odd one gets one more, which nothing attends to.
+    # JAX refuses odd numbers of tokens for cuDNN: they get one more, which nothing attends to.
     padding = ((0, 0), (0, tokens % 2), (0, 0), (0, 0))
     q_BNHC, k_BNHC, v_BNHC = (jnp.pad(x.swapaxes(1, 2), padding) for x in (q_BHNC, k_BHNC, v_BHNC))
     keys_B = jnp.full(len(q_BNHC), tokens, jnp.int32) if tokens % 2 else None
     out_BNHC = jax.nn.dot_product_attention(
         q_BNHC, k_BNHC, v_BNHC, key_value_seq_lengths=keys_B, implementation=implementation
     )
-    return checkpoint_name(out_BNHC[:, :tokens].swapaxes(1, 2), ATTENDED)
+    return out_BNHC[:, :tokens].swapaxes(1, 2)
 
 
 @jax.custom_vjp
 def product_attention(q_BHNC: jax.Array, k_BHNC: jax.Array, v_BHNC: jax.Array) -> jax.Array:
-    """`attention` as matrix products and a softmax."""
+    """`attention`, [B, H, N, C], as matrix products and a softmax."""
     return _attention_forward(q_BHNC, k_BHNC, v_BHNC)[0]
 
 
@@ -208,7 +212,9 @@ class Attention(nn.Module):
         )(x_BND)
         # lax.split's transpose is one concatenation; that of slicing adds three arrays padded to full size.
         q, k, v = (x.squeeze(0) for x in jax.lax.split(qkv_BNTHC.transpose(2, 0, 3, 1, 4), (1, 1, 1)))
-        out_BNHC = attention(q, k, v).swapaxes(1, 2)
+        # Parameters need no kernel, and some versions of JAX cannot vmap cuDNN's, as Stack's init does.
+        attend = product_attention if self.is_initializing() else attention
+        out_BNHC = attend(q, k, v).swapaxes(1, 2)
         return nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, kernel_init=XAVIER, name="out")(out_BNHC)
 
 

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -200,7 +202,7 @@ def test_the_bias_of_the_keys_changes_nothing_and_gets_no_gradient(tokens):
 @pytest.mark.parametrize("implementation", ["xla", "cudnn"])
 def test_flash_attention_is_attention(implementation, count):
     if implementation == "cudnn" and not layers.has_cudnn_attention():
-        pytest.skip("needs a GPU that cuDNN has the kernel for")
+        pytest.skip("needs a GPU: PYTHONPATH=tests pytest --noconftest tests/models/test_layers.py -k flash")
     dtype, tolerance = (jnp.float32, 2e-6) if implementation == "xla" else (jnp.bfloat16, 2e-2)
     q, k, v, d_out = jax.random.normal(jax.random.key(5), (4, 2, 3, count, 16)).astype(dtype)
 
@@ -212,6 +214,47 @@ def test_flash_attention_is_attention(implementation, count):
         exact = value_and_gradients(product_attention, *(x.astype(jnp.float32) for x in (q, k, v, d_out)))
         ours = value_and_gradients(lambda *qkv: flash_attention(*qkv, implementation), q, k, v, d_out)
     assert_close(jax.tree.map(lambda x: np.asarray(x, np.float32), ours), exact, tolerance)
+
+
+@pytest.mark.parametrize(
+    ("platform", "version", "capability", "has"),
+    [
+        ("gpu", "cuda 13000", "9.0", True),
+        ("gpu", "cuda 12080", "12.0", True),
+        ("gpu", "cuda 12080", "7.5", False),
+        ("gpu", "rocm 60300", "gfx90a", False),
+        ("tpu", "TFRT TPU v5e", None, False),
+    ],
+)
+def test_where_cudnn_has_the_kernel(platform, version, capability, has, monkeypatch):
+    client = SimpleNamespace(platform_version=version)
+    device = SimpleNamespace(platform=platform, client=client, compute_capability=capability)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert layers.has_cudnn_attention() is has
+
+
+@pytest.mark.parametrize(
+    ("dtype", "channels", "in_one_kernel"),
+    [(jnp.bfloat16, 72, True), (jnp.float32, 72, False), (jnp.bfloat16, 36, False), (jnp.bfloat16, 256, False)],
+)
+def test_which_attention_is_one_kernel(dtype, channels, in_one_kernel, monkeypatch):
+    calls = []
+    monkeypatch.setattr(layers, "has_cudnn_attention", lambda: True)
+    monkeypatch.setattr(layers, "flash_attention", lambda q, k, v: calls.append(q) or q)
+    operand = jnp.ones((1, 2, 3, channels), dtype)
+    layers.attention(operand, operand, operand)
+    assert bool(calls) is in_one_kernel
+
+
+def test_initialisation_needs_no_kernel(tokens, monkeypatch):
+    def refuse(*operands):
+        raise NotImplementedError
+
+    monkeypatch.setattr(layers, "attention", refuse)
+    block = layers.Block(heads=2, mlp_ratio=4.0, dtype=jnp.float32)
+    params = block.init(KEY, *tokens)
+    with pytest.raises(NotImplementedError):
+        block.apply(params, *tokens)
 
 
 @pytest.mark.parametrize("scan", [True, False])
