@@ -139,7 +139,7 @@ def machine() -> dict[str, Any]:
 
 
 def show(rows: Sequence[Mapping[str, Any]], **where: str) -> None:
-    """Prints rows of the same columns as a table in Markdown, and `where`, machine and versions; writes all if asked."""
+    """Prints rows of the same columns as a table in Markdown, `where`, machine and versions; writes all if asked."""
     columns = list(rows[0])
     print(f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}", sep="\n")
     for row in rows:
