@@ -11,7 +11,7 @@ import harness
 import models
 from absl import flags
 
-from sddit_jax import flops
+from sddit_jax.cost import flops
 
 TABLE = flags.DEFINE_enum("table", "discrimination", ["discrimination", "tokens", "masks", "sizes"], "Which table.")
 WITHOUT = {"objectives.discrimination.weight": 0.0}

@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from sddit_jax import cli
-from sddit_jax.config import resolve
+from sddit_jax.config.border import resolve
 from sddit_jax.errors import UserError
 from sddit_jax.train import train
 

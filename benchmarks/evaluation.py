@@ -19,12 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from sddit_jax import cli, metrics, sharding
-from sddit_jax.data.evaluation_files import Statistics
-from sddit_jax.evaluating import NEIGHBOURS, SPLIT_SIZE, SUBSET_SIZE, SUBSETS
-from sddit_jax.feature_spaces import Features, FeatureSpace, Measured, measure, on_devices, pixels_space
+from sddit_jax import cli
+from sddit_jax.config.schema import Parallel
+from sddit_jax.evaluation import metrics
+from sddit_jax.evaluation.comparison import NEIGHBOURS, SPLIT_SIZE, SUBSET_SIZE, SUBSETS
+from sddit_jax.evaluation.feature_spaces import Features, FeatureSpace, Measured, measure, on_devices, pixels_space
+from sddit_jax.evaluation.reference_files import Statistics
 from sddit_jax.models import inception
-from sddit_jax.schema import Parallel
+from sddit_jax.parallel import sharding
 
 COUNT = flags.DEFINE_integer("count", 50_000, "Images to evaluate.", lower_bound=4)
 REFERENCE_COUNT = flags.DEFINE_integer("reference_count", 10_000, "Images that they are compared with.", lower_bound=4)

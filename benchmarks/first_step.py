@@ -18,9 +18,10 @@ import jax
 import models
 from absl import flags
 
-from sddit_jax import cli, cpu
-from sddit_jax.state import make_parts
-from sddit_jax.train_step import make_train_step
+from sddit_jax import cli
+from sddit_jax.method.state import make_parts
+from sddit_jax.method.train_step import make_train_step
+from sddit_jax.parallel import cpu
 
 MODELS = flags.DEFINE_list("models", ["digits", "XL/2"], "digits, or sizes of latents of 256 pixels.")
 METHODS = flags.DEFINE_list("methods", ["dit", "maskdit", "sd_dit"], "Methods.")

@@ -16,11 +16,11 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from sddit_jax import schema
-from sddit_jax.config import resolve
+from sddit_jax.config import schema
+from sddit_jax.config.border import resolve
 from sddit_jax.errors import UserError
+from sddit_jax.method.state import make_parts
 from sddit_jax.sampling.sampler import make_sample, schedule
-from sddit_jax.state import make_parts
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config, as for main.", lock_config=True)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images at a time.", lower_bound=1)

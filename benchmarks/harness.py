@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from sddit_jax import cli, cpu
+from sddit_jax import cli
 from sddit_jax.errors import UserError
+from sddit_jax.parallel import cpu
 
 REPETITIONS = flags.DEFINE_integer("repetitions", 7, "Measurements of each way.", lower_bound=1)
 JSON = flags.DEFINE_string("json", None, "Also write the rows, and machine and versions, to this file.")

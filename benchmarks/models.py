@@ -9,11 +9,11 @@ import jax
 import numpy as np
 from absl import flags
 
-from sddit_jax import schema
-from sddit_jax.config import resolve
-from sddit_jax.recipes import imagenet
-from sddit_jax.state import make_parts
-from sddit_jax.train_step import make_train_step
+from sddit_jax.config import schema
+from sddit_jax.config.border import resolve
+from sddit_jax.config.recipes import imagenet
+from sddit_jax.method.state import make_parts
+from sddit_jax.method.train_step import make_train_step
 
 DIGITS = Path(__file__).parents[1] / "configs" / "digits.py"
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Images of a step; digits have their own number.", lower_bound=1)

@@ -27,17 +27,17 @@ import torch
 from absl import flags
 
 from sddit_jax import cli
-from sddit_jax.config import default_config, resolve, to_dict
+from sddit_jax.config.border import default_config, resolve, to_dict
+from sddit_jax.config.sizes import decode
 from sddit_jax.errors import UserError
 from sddit_jax.interop import pytorch
 from sddit_jax.interop.layouts import DIT, MASKDIT, Layout
 from sddit_jax.interop.state_dict import to_state_dict
-from sddit_jax.masking import sample_mask
-from sddit_jax.models.sizes import decode
+from sddit_jax.method.state import Parts, make_parts
+from sddit_jax.method.train_step import gradients_of
+from sddit_jax.models.masking import sample_mask
 from sddit_jax.sampling.guidance import make_denoise, make_output
 from sddit_jax.sampling.solvers import ancestral, euler, respaced_levels
-from sddit_jax.state import Parts, make_parts
-from sddit_jax.train_step import gradients_of
 
 MASKDIT_CODE = flags.DEFINE_string("maskdit", None, "Clone of the public MaskDiT code.")
 DIT_CODE = flags.DEFINE_string("dit", None, "Clone of the public DiT code.")

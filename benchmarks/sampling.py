@@ -19,12 +19,13 @@ import jax.numpy as jnp
 import models
 import torch
 from absl import flags
+from twin import make_twin
 
-from sddit_jax import flops, schema
+from sddit_jax.config import schema
+from sddit_jax.cost import flops
 from sddit_jax.interop import pytorch
-from sddit_jax.interop.twin import make_twin
+from sddit_jax.method.state import make_parts
 from sddit_jax.sampling.sampler import make_sample
-from sddit_jax.state import make_parts
 
 MODELS = flags.DEFINE_list("models", ["digits", "S/2"], "digits, or sizes of latents of 256 pixels.")
 IMAGES = flags.DEFINE_integer("images", 16, "Images at a time.", lower_bound=1)

@@ -13,13 +13,14 @@ import jax
 import numpy as np
 from absl import flags
 
-from sddit_jax import cli, sharding
-from sddit_jax.config import resolve
+from sddit_jax import cli
+from sddit_jax.config.border import resolve
+from sddit_jax.config.schema import Parallel
 from sddit_jax.errors import UserError
-from sddit_jax.runs import open_checkpoints
+from sddit_jax.method.state import make_parts
+from sddit_jax.parallel import sharding
+from sddit_jax.runs.folder import open_checkpoints
 from sddit_jax.sampling.sampler import balanced_labels, make_generate, make_sample
-from sddit_jax.schema import Parallel
-from sddit_jax.state import make_parts
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run of pixels.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 64, "Images.", lower_bound=1)

@@ -18,9 +18,10 @@ import sys
 import jax
 from absl import flags
 
-from sddit_jax import aot, cli
-from sddit_jax.config import resolve
-from sddit_jax.recipes import imagenet
+from sddit_jax import cli
+from sddit_jax.config.border import resolve
+from sddit_jax.config.recipes import imagenet
+from sddit_jax.cost import aot
 
 TABLE = flags.DEFINE_enum("table", "scaling", ["scaling", "memory", "methods", "prototypes"], "Which table.")
 JOBS = flags.DEFINE_integer("jobs", 1, "Rows that are compiled at a time, in a process each.", lower_bound=1)

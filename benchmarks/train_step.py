@@ -7,8 +7,8 @@ The same weights, data and threads; PyTorch in processes of its own, with memory
 and masks, and updates parameters (AdamW, in PyTorch fused), EMA and teacher. PyTorch does not update the centers of the
 discrimination, whose cost is negligible. On a GPU it has autocast, as its codes do: the stream between blocks is
 float32, products by the prototypes bfloat16, and nothing is computed twice; here it is the other way round.
-`products` are the matrix products that the step cannot do without (sddit_jax/flops.py), over its time, as a share of
-what one large one reaches in the same run. Needs pip install -e '.[torch]', for a GPU a PyTorch of CUDA, and for
+`products` are the matrix products that the step cannot do without (sddit_jax/cost/flops.py), over its time, as a share
+of what one large one reaches in the same run. Needs pip install -e '.[torch]', for a GPU a PyTorch of CUDA, and for
 torch.compile a C++ compiler (--nocompiled).
 """
 
@@ -22,12 +22,12 @@ import jax
 import models
 import torch
 from absl import flags
+from twin import make_teacher, make_twin, to_torch
 
-from sddit_jax import flops
+from sddit_jax.cost import flops
 from sddit_jax.interop import pytorch
-from sddit_jax.interop.twin import make_teacher, make_twin, to_torch
-from sddit_jax.masking import visible_count
-from sddit_jax.state import make_parts
+from sddit_jax.method.state import make_parts
+from sddit_jax.models.masking import visible_count
 
 MODELS = flags.DEFINE_list("models", ["digits", "S/2", "B/4"], "digits, or sizes of latents of 256 pixels.")
 METHODS = flags.DEFINE_list("methods", ["dit", "maskdit", "sd_dit"], "Methods.")

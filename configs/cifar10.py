@@ -11,8 +11,8 @@ An argument chooses another method: --config=configs/cifar10.py:maskdit (sd_dit,
 
 import ml_collections
 
-from sddit_jax.config import CONDITION_CENTERING, default_config
-from sddit_jax.models import sizes
+from sddit_jax.config import sizes
+from sddit_jax.config.border import CONDITION_CENTERING, default_config
 
 
 def get_config(method: str = "sd_dit") -> ml_collections.ConfigDict:

@@ -7,7 +7,7 @@ An argument chooses another method: --config=configs/digits.py:maskdit (sd_dit, 
 
 import ml_collections
 
-from sddit_jax.config import CONDITION_CENTERING, default_config
+from sddit_jax.config.border import CONDITION_CENTERING, default_config
 
 
 def get_config(method: str = "sd_dit") -> ml_collections.ConfigDict:

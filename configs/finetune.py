@@ -12,9 +12,9 @@ from pathlib import Path
 
 import ml_collections
 
-from sddit_jax.config import to_dict
+from sddit_jax.config.border import to_dict
 from sddit_jax.errors import ConfigError
-from sddit_jax.runs import read_config
+from sddit_jax.runs.folder import read_config
 
 
 def get_config(run: str = "") -> ml_collections.ConfigDict:

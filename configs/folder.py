@@ -9,9 +9,9 @@ latents.
 
 import ml_collections
 
-from sddit_jax.config import CONDITION_CENTERING, default_config
+from sddit_jax.config import sizes
+from sddit_jax.config.border import CONDITION_CENTERING, default_config
 from sddit_jax.data.sources import open_source
-from sddit_jax.models import sizes
 
 
 def get_config(path: str = "") -> ml_collections.ConfigDict:

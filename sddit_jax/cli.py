@@ -9,8 +9,8 @@ from typing import NoReturn
 import absl.logging
 from absl import flags
 
-from sddit_jax import distributed
 from sddit_jax.errors import CommandError, ConfigError, Interrupted, UserError
+from sddit_jax.parallel import distributed
 
 
 def run(command: Callable[..., None], words: int = 0) -> NoReturn:

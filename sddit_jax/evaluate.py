@@ -17,11 +17,11 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from sddit_jax import cli, process_flags, sharding
-from sddit_jax.data.image_sets import ImageSet, open_image_set, source_image_set
+from sddit_jax import cli, process_flags
+from sddit_jax.config.schema import Parallel
 from sddit_jax.data.sources import open_source
 from sddit_jax.errors import UserError
-from sddit_jax.evaluating import (
+from sddit_jax.evaluation.comparison import (
     METRICS,
     check_output,
     evaluate,
@@ -32,8 +32,9 @@ from sddit_jax.evaluating import (
     table,
     write_reference,
 )
-from sddit_jax.feature_spaces import NAMES, FeatureSpace, open_space
-from sddit_jax.schema import Parallel
+from sddit_jax.evaluation.feature_spaces import NAMES, FeatureSpace, open_space
+from sddit_jax.evaluation.image_sets import ImageSet, open_image_set, source_image_set
+from sddit_jax.parallel import sharding
 
 log = logging.getLogger("sddit_jax")
 

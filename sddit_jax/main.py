@@ -6,7 +6,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from sddit_jax import cli, process_flags
-from sddit_jax.config import resolve
+from sddit_jax.config.border import resolve
 from sddit_jax.errors import UserError
 from sddit_jax.train import train
 

@@ -13,10 +13,12 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from sddit_jax import aot, cli, sharding
-from sddit_jax.config import resolve
+from sddit_jax import cli
+from sddit_jax.config.border import resolve
+from sddit_jax.config.schema import Config
+from sddit_jax.cost import aot
 from sddit_jax.errors import UserError
-from sddit_jax.schema import Config
+from sddit_jax.parallel import sharding
 
 log = logging.getLogger("sddit_jax")
 

@@ -13,12 +13,13 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from sddit_jax import cli, sharding
+from sddit_jax import cli
+from sddit_jax.config.schema import Parallel
 from sddit_jax.data.preparation import make_encode, make_plan, prepare
 from sddit_jax.data.sources import open_source
 from sddit_jax.errors import UserError
 from sddit_jax.models.autoencoder import Autoencoder
-from sddit_jax.schema import Parallel
+from sddit_jax.parallel import sharding
 from sddit_jax.weights.autoencoder import load_autoencoder
 
 SOURCE = flags.DEFINE_string("source", None, "The images: folder:PATH or tfds:NAME, such as tfds:imagenet2012.")

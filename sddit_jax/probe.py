@@ -14,13 +14,12 @@ import jax
 import numpy as np
 from absl import flags
 
-from sddit_jax import cli, process_flags, sharding
+from sddit_jax import cli, process_flags
+from sddit_jax.config.schema import Parallel
 from sddit_jax.errors import UserError
-from sddit_jax.evaluating import check_output
-from sddit_jax.images import as_pictures
-from sddit_jax.metrics import PROBE_L2
-from sddit_jax.reporting import save_grid
-from sddit_jax.representation import (
+from sddit_jax.evaluation.comparison import check_output
+from sddit_jax.evaluation.metrics import PROBE_L2
+from sddit_jax.evaluation.representation import (
     NEIGHBOURS,
     STATE_PATHS,
     TEMPERATURE,
@@ -34,10 +33,12 @@ from sddit_jax.representation import (
     table,
     untrained_encoder,
 )
-from sddit_jax.sampling.decoding import decode_on
-from sddit_jax.schema import Parallel
-from sddit_jax.state import make_parts
-from sddit_jax.weights.decoding import load_decode
+from sddit_jax.generation.autoencoder_decoding import load_decode
+from sddit_jax.generation.decoding import decode_on
+from sddit_jax.method.state import make_parts
+from sddit_jax.parallel import sharding
+from sddit_jax.runs.pictures import as_pictures
+from sddit_jax.runs.reporting import save_grid
 
 log = logging.getLogger("sddit_jax")
 

@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from sddit_jax import cpu, distributed
+from sddit_jax.parallel import cpu, distributed
 
 DISTRIBUTED = flags.DEFINE_string(
     "distributed",

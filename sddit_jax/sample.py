@@ -21,17 +21,18 @@ import jax
 import numpy as np
 from absl import flags
 
-from sddit_jax import cli, process_flags, sharding
-from sddit_jax.config import resolve
-from sddit_jax.data.sample_files import SampleFolder
-from sddit_jax.drawing import Model, draw_class_grid, draw_samples, draw_strip
+from sddit_jax import cli, process_flags
+from sddit_jax.config.border import resolve
+from sddit_jax.config.schema import Parallel, Sampling
 from sddit_jax.errors import UserError
-from sddit_jax.runs import open_checkpoints, restore_guide
+from sddit_jax.generation.autoencoder_decoding import load_decode
+from sddit_jax.generation.drawing import Model, draw_class_grid, draw_samples, draw_strip
+from sddit_jax.generation.sample_folder import SampleFolder
+from sddit_jax.method.state import make_parts
+from sddit_jax.parallel import sharding
+from sddit_jax.runs.folder import open_checkpoints, restore_guide
 from sddit_jax.sampling.labels import labels_of
 from sddit_jax.sampling.sampler import make_sample, schedule
-from sddit_jax.schema import Parallel, Sampling
-from sddit_jax.state import make_parts
-from sddit_jax.weights.decoding import load_decode
 
 log = logging.getLogger("sddit_jax")
 

@@ -13,23 +13,24 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from sddit_jax import config as config_lib
-from sddit_jax import cpu, evaluation, sharding
-from sddit_jax.checkpoint import Checkpointer
-from sddit_jax.codec import check_codec
+from sddit_jax.config import border
+from sddit_jax.config.schema import Config
 from sddit_jax.data.loader import make_loader
 from sddit_jax.data.sources import Source, open_source
-from sddit_jax.distributed import stop_requests
 from sddit_jax.errors import CheckpointError, ConfigError, DataError, Diverged, Interrupted
-from sddit_jax.monitoring import Monitor, recorded_best
-from sddit_jax.reporting import MetricsLog, Progress, save_grid
-from sddit_jax.runs import CHECKPOINTS, CONFIG, abstract_state, read_config, restore_run, write_config
-from sddit_jax.sampling.decoding import Decode
+from sddit_jax.evaluation import diagnosis
+from sddit_jax.evaluation.distance import Monitor, recorded_best
+from sddit_jax.generation.autoencoder_decoding import load_decode
+from sddit_jax.generation.decoding import Decode
+from sddit_jax.method.codec import check_codec
+from sddit_jax.method.state import Parts, State, make_parts
+from sddit_jax.method.train_step import make_train_step
+from sddit_jax.parallel import cpu, sharding
+from sddit_jax.parallel.distributed import stop_requests
+from sddit_jax.runs.checkpoint import Checkpointer
+from sddit_jax.runs.folder import CHECKPOINTS, CONFIG, abstract_state, read_config, restore_run, write_config
+from sddit_jax.runs.reporting import MetricsLog, Progress, save_grid
 from sddit_jax.sampling.sampler import balanced_labels, make_generate, make_sample
-from sddit_jax.schema import Config
-from sddit_jax.state import Parts, State, make_parts
-from sddit_jax.train_step import make_train_step
-from sddit_jax.weights.decoding import load_decode
 
 log = logging.getLogger("sddit_jax")
 
@@ -72,7 +73,7 @@ def train(config: Config, workdir: Path) -> None:
     primary = jax.process_index() == 0
     wandb_run = {
         "project": config.log.wandb,
-        "config": config_lib.to_dict(config),
+        "config": border.to_dict(config),
         "id": hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16],
         "resume": "allow",
     }
@@ -122,16 +123,16 @@ class _Run:
     ) -> None:
         self.config, self.workdir, self.mesh, self.parts = config, workdir, mesh, parts
         self.source, self.checkpointer, self.metrics_log = source, checkpointer, metrics_log
-        self.meta = {"config": config_lib.to_dict(config), "codec": codec}
+        self.meta = {"config": border.to_dict(config), "codec": codec}
         sample = make_sample(parts.network, parts.diffusion, parts.codec, config.sampling)
         self.generate = make_generate(sample, mesh, config.sampling.grid, decode)
         self.monitor = monitor
         # Without evaluation, what an earlier one found best is kept.
         checkpointer.pin(monitor.best if monitor else recorded_best(workdir))
         self.diagnose = None
-        if config.log.diagnose_every and evaluation.discrimination_of(parts):
+        if config.log.diagnose_every and diagnosis.discrimination_of(parts):
             everywhere = sharding.replicated(mesh)
-            self.diagnose = jax.jit(lambda s, batch: evaluation.diagnose(parts, s, batch), out_shardings=everywhere)
+            self.diagnose = jax.jit(lambda s, batch: diagnosis.diagnose(parts, s, batch), out_shardings=everywhere)
 
     def steps(self, state: State, start: int, layout: Any, stopped_by: Callable[[], str]) -> State:
         """Steps start + 1 to config.steps. The device is never waited for: step k's metrics are read during k + 1."""
@@ -223,9 +224,9 @@ class _Run:
     def finish(self, state: State) -> None:
         """The evaluation that the config asks for, and the last pictures."""
         if self.config.eval.name == "digits":
-            results = evaluation.evaluate_digits(self.parts, state, self.source, self.generate, self.mesh)
+            results = diagnosis.evaluate_digits(self.parts, state, self.source, self.generate, self.mesh)
             self.metrics_log.write(self.config.steps, results)
-            for line in evaluation.digits_lines(results):
+            for line in diagnosis.digits_lines(results):
                 log.info("%s", line)
         path = self._sample_grid(state, self.config.steps)
         log.info("%d steps done; samples: %s", self.config.steps, path)
@@ -234,7 +235,7 @@ class _Run:
 
     def _report(self, meter: "_Meter", step: int, metrics: dict[str, jax.Array]) -> None:
         values = meter.report(step, metrics)
-        if step > self.config.steps // 10 and (reason := evaluation.collapse(self.parts, values)):
+        if step > self.config.steps // 10 and (reason := diagnosis.collapse(self.parts, values)):
             log.warning("step %d: the discrimination looks collapsed: %s", step, reason)
 
     def _diverged(self, step: int, skipped: int) -> Diverged:
@@ -333,7 +334,7 @@ def _started_from(run: Path, parts: Parts, codec: dict[str, Any], mesh: jax.shar
     config, state, meta = restore_run(run, mesh)
     check_codec(f"the network of {run}", meta["codec"], "the data of this run", codec)
     if config.model != parts.config.model:
-        differences = [line for line in config_lib.identity_differences(config, parts.config) if "model." in line]
+        differences = [line for line in border.identity_differences(config, parts.config) if "model." in line]
         raise CheckpointError(f"init_from {run} holds another model: {', '.join(differences)}")
     log.info("starting from the weights of %s at step %d", run, meta["step"])
     wanted = jax.eval_shape(parts.init_state, jax.random.key(0))["params"]
@@ -348,7 +349,7 @@ def _check_identity(workdir: Path, config: Config) -> None:
     if not (workdir / CONFIG).exists():
         return
     saved = read_config(workdir)
-    differences = config_lib.identity_differences(saved, config)
+    differences = border.identity_differences(saved, config)
     if any(line.startswith("model.") for line in differences):
         raise CheckpointError(f"{workdir} holds another model ({', '.join(differences)}); use another --workdir")
     for line in differences:

@@ -5,7 +5,7 @@ import math
 import jax
 import numpy as np
 
-from sddit_jax.config import METHODS, Config, default_config, resolve
+from sddit_jax.config.border import METHODS, Config, default_config, resolve
 
 TINY = {
     "model.image_size": 8,

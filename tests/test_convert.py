@@ -17,14 +17,14 @@ from helpers import make_config, tiny_config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sddit_jax.checkpoint import Checkpointer
-from sddit_jax.config import METHODS, default_config, resolve, to_dict
+from sddit_jax.config.border import METHODS, default_config, resolve, to_dict
+from sddit_jax.config.sizes import decode
 from sddit_jax.errors import CheckpointError, UserError, WeightsError
 from sddit_jax.interop.layouts import DIT, MASKDIT, OWN
 from sddit_jax.interop.transfer import export, import_
-from sddit_jax.models.sizes import decode
-from sddit_jax.runs import open_checkpoints, read_config, write_config
-from sddit_jax.state import make_parts
+from sddit_jax.method.state import make_parts
+from sddit_jax.runs.checkpoint import Checkpointer
+from sddit_jax.runs.folder import open_checkpoints, read_config, write_config
 
 ROOT = Path(__file__).parents[1]
 TINY = f"--config={ROOT}/tests/configs/tiny.py"

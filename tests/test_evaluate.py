@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from inceptions import random_state_dict
 
-from sddit_jax import metrics, sharding
-from sddit_jax.data.image_sets import open_image_set
-from sddit_jax.evaluating import evaluate, open_reference, write_reference
-from sddit_jax.feature_spaces import inception_space, measure
-from sddit_jax.schema import Parallel
+from sddit_jax.config.schema import Parallel
+from sddit_jax.evaluation import metrics
+from sddit_jax.evaluation.comparison import evaluate, open_reference, write_reference
+from sddit_jax.evaluation.feature_spaces import inception_space, measure
+from sddit_jax.evaluation.image_sets import open_image_set
+from sddit_jax.parallel import sharding
 
 ROOT = Path(__file__).parents[1]
 IMAGES = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1)).astype(np.uint8)

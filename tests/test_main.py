@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sddit_jax.checkpoint import Checkpointer
+from sddit_jax.runs.checkpoint import Checkpointer
 
 ROOT = Path(__file__).parents[1]
 TINY = f"--config={ROOT}/tests/configs/tiny.py"
@@ -347,10 +347,11 @@ def test_a_run_that_goes_on_measures_the_same_and_keeps_the_same(command, monito
 
 STOPPED = """
 import os, signal
-from sddit_jax import cli, main, monitoring
+from sddit_jax import cli, main
+from sddit_jax.evaluation import distance
 
-monitoring._BATCH_SIZE = 32
-make_generate, batches = monitoring.make_generate, []
+distance._BATCH_SIZE = 32
+make_generate, batches = distance.make_generate, []
 
 def stopping(*args, **kwargs):
     generate = make_generate(*args, **kwargs)
@@ -364,7 +365,7 @@ def stopping(*args, **kwargs):
 
     return stop_in_the_second_batch_of_step_20
 
-monitoring.make_generate = stopping
+distance.make_generate = stopping
 cli.run(main.main)
 """
 

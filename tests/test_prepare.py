@@ -20,14 +20,14 @@ from autoencoders import make_kl
 from latents import imagenet_of_tfds
 from PIL import Image
 
-from sddit_jax import sharding
+from sddit_jax.config.schema import Parallel
 from sddit_jax.data import preparation
 from sddit_jax.data.images import read_image
 from sddit_jax.data.latents import LatentsSource
 from sddit_jax.data.sources import open_source
 from sddit_jax.errors import ConfigError, DataError
 from sddit_jax.models.autoencoder import Autoencoder
-from sddit_jax.schema import Parallel
+from sddit_jax.parallel import sharding
 from sddit_jax.weights.autoencoder import load_autoencoder
 from sddit_jax.weights.files import weights_hash
 

@@ -21,20 +21,20 @@ from configs.tiny import get_config
 from helpers import random_params, tiny_config
 from PIL import Image
 
-from sddit_jax import drawing
-from sddit_jax.checkpoint import Checkpointer
-from sddit_jax.config import resolve, to_dict
-from sddit_jax.data.evaluation_files import open_evaluation_file
-from sddit_jax.data.sample_files import SampleFolder
-from sddit_jax.drawing import Model, draw_class_grid, draw_samples, draw_strip
+from sddit_jax.config.border import resolve, to_dict
+from sddit_jax.config.schema import Parallel, Sampling
 from sddit_jax.errors import UserError
-from sddit_jax.images import grid
-from sddit_jax.sampling.decoding import AS_IT_IS
+from sddit_jax.evaluation.reference_files import open_evaluation_file
+from sddit_jax.generation import drawing
+from sddit_jax.generation.decoding import AS_IT_IS
+from sddit_jax.generation.drawing import Model, draw_class_grid, draw_samples, draw_strip
+from sddit_jax.generation.sample_folder import SampleFolder
+from sddit_jax.method.state import make_parts
+from sddit_jax.parallel.sharding import make_mesh, replicated
+from sddit_jax.runs.checkpoint import Checkpointer
+from sddit_jax.runs.pictures import grid
 from sddit_jax.sampling.labels import labels_of
 from sddit_jax.sampling.sampler import make_generate, make_sample, schedule
-from sddit_jax.schema import Parallel, Sampling
-from sddit_jax.sharding import make_mesh, replicated
-from sddit_jax.state import make_parts
 
 ROOT = Path(__file__).parents[1]
 RECORD = {"workdir": "/run", "seed": 3, "labels": "random", "codec": {"name": "pixels"}}
@@ -167,8 +167,8 @@ class TestDrawing:
             raise MemoryError
 
         for place in (
-            "sddit_jax.data.sample_files._write_array",
-            "sddit_jax.data.sample_files.save_grid",
+            "sddit_jax.generation.sample_folder._write_array",
+            "sddit_jax.generation.sample_folder.save_grid",
             "shutil.rmtree",
         ):
             with monkeypatch.context() as patch:

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from helpers import tiny_config
 
+from sddit_jax.method.objectives.base import Views
+from sddit_jax.method.state import Parts, State, make_parts
+from sddit_jax.method.train_step import Batch, draw, make_train_step, student_views
 from sddit_jax.models.layers import Constrain, unconstrained
-from sddit_jax.objectives.base import Views
-from sddit_jax.state import Parts, State, make_parts
-from sddit_jax.train_step import Batch, draw, make_train_step, student_views
 
 BATCH = 16
 CHANGES = {

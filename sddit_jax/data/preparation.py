@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sddit_jax import sharding
 from sddit_jax.data import shards
 from sddit_jax.data.images import BadImageError
 from sddit_jax.data.sources import ImageSource
 from sddit_jax.errors import DataError, Interrupted
 from sddit_jax.models.autoencoder import Autoencoder
-from sddit_jax.reporting import Progress
-from sddit_jax.signals import stop_signals
+from sddit_jax.parallel import sharding
+from sddit_jax.parallel.signals import stop_signals
+from sddit_jax.runs.reporting import Progress
 from sddit_jax.weights.files import weights_hash
 
 log = logging.getLogger("sddit_jax")

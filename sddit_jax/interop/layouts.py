@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import ml_collections
 import numpy as np
 
-from sddit_jax import schema
-from sddit_jax.codec import STABLE_DIFFUSION_SCALE
-from sddit_jax.config import default_config
+from sddit_jax.config import schema
+from sddit_jax.config.border import default_config
+from sddit_jax.config.sizes import SIZES
 from sddit_jax.errors import WeightsError
 from sddit_jax.interop.state_dict import places
+from sddit_jax.method.codec import STABLE_DIFFUSION_SCALE
 from sddit_jax.models.layers import positions_2d
-from sddit_jax.models.sizes import SIZES
 from sddit_jax.models.transformer import Network
 from sddit_jax.weights.files import Tensor, misfits, read_finite
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from sddit_jax.models.transformer import Network
-from sddit_jax.sharding import path_name
+from sddit_jax.parallel.sharding import path_name
 
 PATCH = "encoder/patch/kernel"
 

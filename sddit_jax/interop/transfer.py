@@ -15,16 +15,16 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from sddit_jax import config as config_lib
-from sddit_jax import sharding
-from sddit_jax.checkpoint import Checkpointer
+from sddit_jax.config import border
+from sddit_jax.config.schema import Config, Parallel
 from sddit_jax.errors import CheckpointError, ConfigError, UserError, WeightsError
 from sddit_jax.interop.layouts import DIT, MASKDIT, OWN, Layout, few, fit, homeless, shapes_of
 from sddit_jax.interop.state_dict import from_state_dict, places, to_state_dict
+from sddit_jax.method.state import make_parts
 from sddit_jax.models.transformer import Network
-from sddit_jax.runs import CHECKPOINTS, abstract_state, open_checkpoints, restore_run, write_config
-from sddit_jax.schema import Config, Parallel
-from sddit_jax.state import make_parts
+from sddit_jax.parallel import sharding
+from sddit_jax.runs.checkpoint import Checkpointer
+from sddit_jax.runs.folder import CHECKPOINTS, abstract_state, open_checkpoints, restore_run, write_config
 from sddit_jax.weights.files import SAFETENSORS_SUFFIX, TORCH_SUFFIXES, import_torch, open_checkpoint
 
 log = logging.getLogger("sddit_jax")
@@ -62,7 +62,7 @@ def export(layout: Layout, workdir: Path, output: Path, weights: str | None, ste
         mode = temporary.stat().st_mode
         if layout is OWN:
             # The whole configuration, so that pytorch.py needs no defaults of its own.
-            record = {"config": config_lib.to_dict(config), "codec": meta["codec"]}
+            record = {"config": border.to_dict(config), "codec": meta["codec"]}
             metadata = {"format": "pt", "weights": weights, "step": str(meta["step"])}
             metadata |= {key: json.dumps(value) for key, value in record.items()}
             safetensors.numpy.save_file(next(iter(files.values())), temporary, metadata=metadata)
@@ -92,11 +92,11 @@ def import_(layout: Layout, file: Path, workdir: Path, config: Any = None, parti
     log.info("%s has %s%s", file, found, f"; passed over: {', '.join(skipped)}" if skipped else "")
     params, ema = (_choose(file, groups, order) for order in (("model", "ema"), ("ema", "model")))
     if config is not None:
-        config = config_lib.resolve(config)
+        config = border.resolve(config)
     elif layout is OWN:
         config = _own_config(file, metadata)
     else:
-        config = config_lib.resolve(layout.infer(shapes_of(groups[ema])))
+        config = border.resolve(layout.infer(shapes_of(groups[ema])))
     config = dataclasses.replace(config, ema=dataclasses.replace(config.ema, warmup=False))
     network = Network(config)
     names = places(network)
@@ -124,7 +124,7 @@ def _own_config(file: Path, metadata: Mapping[str, str]) -> Config:
         values = json.loads(metadata["config"])
         if not isinstance(values, dict):
             raise WeightsError(f"{file}: the configuration in its metadata is a {type(values).__name__}, not an object")
-        return config_lib.resolve(values)
+        return border.resolve(values)
     except ValueError as error:
         raise WeightsError(f"{file}: the configuration in its metadata is no JSON: {error}") from error
     except ConfigError as error:
@@ -143,11 +143,11 @@ def _differences(layout: Layout, network: Network, config: Config) -> list[str]:
     if layout.infer is None:
         return []
     try:
-        theirs = config_lib.resolve(layout.infer({name: e.shape for name, e in layout.entries(network).items()}))
+        theirs = border.resolve(layout.infer({name: e.shape for name, e in layout.entries(network).items()}))
     except WeightsError as error:
         return [str(error)]
     computed = ("model.heads", "model.decoder_heads", "diffusion.", "codec.")
-    lines = config_lib.identity_differences(config, theirs)
+    lines = border.identity_differences(config, theirs)
     return [line for line in lines if line.startswith(computed) and not line.startswith("diffusion.log_sigma")]
 
 
@@ -155,7 +155,7 @@ def _read_weights(workdir: Path, weights: str, step: int | None) -> tuple[Config
     """A checkpoint's configuration, its weights ("model": as trained, and "ema", or one of them), and its record."""
     if weights == "ema":
         ema, meta = open_checkpoints(workdir).restore_ema(step=step)
-        return config_lib.resolve(meta["config"]), {"ema": ema["default"]}, meta
+        return border.resolve(meta["config"]), {"ema": ema["default"]}, meta
     config, state, meta = restore_run(workdir, _mesh(), step)
     trees = {"model": state["params"], "ema": state["ema"]["default"]}
     return config, trees if weights == "both" else {"model": trees["model"]}, meta
@@ -168,7 +168,7 @@ def _write_run(workdir: Path, config: Config, params: Any, ema: Any, source: Map
     params = jax.device_put(params, layout["params"])
     ema = None if ema is None else jax.device_put(ema, layout["ema"]["default"])
     state = jax.jit(parts.state_from, out_shardings=layout)(params, ema)
-    meta = {"config": config_lib.to_dict(config), "codec": parts.codec.record(), "imported": dict(source)}
+    meta = {"config": border.to_dict(config), "codec": parts.codec.record(), "imported": dict(source)}
     temporary = workdir.with_name(f".{workdir.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -12,8 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from sddit_jax import schema
-from sddit_jax.masking import Mask, put_back, take
+from sddit_jax.config import schema
 from sddit_jax.models.layers import (
     NORMAL,
     XAVIER,
@@ -28,6 +27,7 @@ from sddit_jax.models.layers import (
     positions_2d,
     unconstrained,
 )
+from sddit_jax.models.masking import Mask, put_back, take
 
 
 @flax.struct.dataclass

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sddit_jax import schema
-from sddit_jax.diffusion import Diffusion
+from sddit_jax.config import schema
 from sddit_jax.errors import UserError
+from sddit_jax.method.diffusion import Diffusion
 from sddit_jax.models.transformer import Network
 
 # (x, scalar sigma) -> the network's output, or the denoised image

@@ -9,12 +9,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sddit_jax import schema
-from sddit_jax.codec import Codec
-from sddit_jax.diffusion import Diffusion
+from sddit_jax.config import schema
+from sddit_jax.generation.decoding import AS_IT_IS, Decode
+from sddit_jax.method.codec import Codec
+from sddit_jax.method.diffusion import Diffusion
 from sddit_jax.models.transformer import Network
 from sddit_jax.sampling import solvers
-from sddit_jax.sampling.decoding import AS_IT_IS, Decode
 from sddit_jax.sampling.guidance import make_denoise, make_guided, make_output
 
 Sample = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]

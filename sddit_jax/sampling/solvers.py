@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sddit_jax.diffusion import DDPM
+from sddit_jax.method.diffusion import DDPM
 from sddit_jax.sampling.guidance import Denoise, Output, Piecewise
 
 StepNoise = Callable[[jax.Array], jax.Array]

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from helpers import make_config, tiny_config
 
-from sddit_jax.config import resolve
+from sddit_jax.config.border import resolve
+from sddit_jax.config.sizes import PATCHES, SIZES, decode
 from sddit_jax.errors import WeightsError
 from sddit_jax.interop.layouts import DIT, MASKDIT, OWN, fit, homeless, shapes_of, shared_prefix
 from sddit_jax.interop.state_dict import to_state_dict
-from sddit_jax.models.sizes import PATCHES, SIZES, decode
 from sddit_jax.models.transformer import Network
 from sddit_jax.weights.files import Tensor
 

@@ -10,19 +10,19 @@ import pytest
 import torch
 from helpers import make_config, random_params, tiny_config
 from tiny import CONDITION, draw_batch, float64, jit, make_batch, noised_state, tiny_parts
+from twin import make_teacher, make_twin, namespaces, to_numpy, to_torch
 
-from sddit_jax.config import METHODS
-from sddit_jax.diffusion import make_diffusion
+from sddit_jax.config.border import METHODS
+from sddit_jax.config.sizes import decode
 from sddit_jax.interop import pytorch
 from sddit_jax.interop.state_dict import from_state_dict, to_state_dict
-from sddit_jax.interop.twin import make_teacher, make_twin, namespaces, to_numpy, to_torch
-from sddit_jax.masking import sample_mask
-from sddit_jax.models.sizes import decode
+from sddit_jax.method.diffusion import make_diffusion
+from sddit_jax.method.train_step import draw, gradients_of, make_train_step
+from sddit_jax.models.masking import sample_mask
 from sddit_jax.models.transformer import Network
 from sddit_jax.sampling.guidance import make_denoise, make_guided, make_output
 from sddit_jax.sampling.sampler import schedule
 from sddit_jax.sampling.solvers import heun, noise_levels
-from sddit_jax.train_step import draw, gradients_of, make_train_step
 
 DIT = {"model.learn_sigma": True, "model.null_label": "row", "diffusion.name": "ddpm"}
 

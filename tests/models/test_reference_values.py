@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import make_config
+from twin import make_twin, to_numpy, to_torch
 
-from sddit_jax.diffusion import EDM
+from sddit_jax.config.sizes import decode
 from sddit_jax.interop.layouts import DIT, MASKDIT
 from sddit_jax.interop.state_dict import from_state_dict
-from sddit_jax.interop.twin import make_twin, to_numpy, to_torch
-from sddit_jax.models.sizes import decode
+from sddit_jax.method.diffusion import EDM
 from sddit_jax.models.transformer import Network
 
 

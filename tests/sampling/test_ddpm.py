@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from helpers import make_config, random_params, tiny_config
 
-from sddit_jax.codec import LatentCodec
-from sddit_jax.diffusion import DDPM
+from sddit_jax.config.schema import Sampling
 from sddit_jax.errors import ConfigError
+from sddit_jax.method.codec import LatentCodec
+from sddit_jax.method.diffusion import DDPM
 from sddit_jax.models.transformer import Network
 from sddit_jax.sampling.guidance import make_denoise, make_output
 from sddit_jax.sampling.sampler import make_sample
 from sddit_jax.sampling.solvers import ancestral, euler, respaced_levels
-from sddit_jax.schema import Sampling
 
 CODEC = LatentCodec((0.0,), (1.0,))
 SHAPE = (4, 3, 3, 2)

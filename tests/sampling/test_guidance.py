@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from helpers import products, random_params, tiny_config
 
-from sddit_jax.codec import LatentCodec
-from sddit_jax.diffusion import DDPM, EDM
+from sddit_jax.config.schema import Sampling
 from sddit_jax.errors import UserError
+from sddit_jax.method.codec import LatentCodec
+from sddit_jax.method.diffusion import DDPM, EDM
 from sddit_jax.models.transformer import Network
 from sddit_jax.sampling import solvers
 from sddit_jax.sampling.guidance import Piecewise, check_guide, make_denoise, make_guided, make_output
 from sddit_jax.sampling.sampler import make_sample, schedule
-from sddit_jax.schema import Sampling
 
 CODEC = LatentCodec((0.0,), (1.0,))
 LABELS = np.array([0, 2, 3], np.int32)

@@ -8,13 +8,13 @@ import pytest
 from helpers import random_params, tiny_config
 from tiny import jit
 
-from sddit_jax.codec import LatentCodec, PixelCodec
-from sddit_jax.diffusion import DDPM, EDM
+from sddit_jax.config.schema import Sampling
+from sddit_jax.method.codec import LatentCodec, PixelCodec
+from sddit_jax.method.diffusion import DDPM, EDM
 from sddit_jax.models.transformer import Network
 from sddit_jax.sampling.guidance import make_denoise, make_output
 from sddit_jax.sampling.sampler import make_sample, schedule
 from sddit_jax.sampling.solvers import dpmpp_2m, euler, heun, noise_levels
-from sddit_jax.schema import Sampling
 
 
 def edm_levels(steps):

@@ -1,0 +1,169 @@
+"""The distance of samples to a reference during training, and which checkpoint had the lowest."""
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from sddit_jax.errors import CheckpointError, ConfigError
+from sddit_jax.evaluation.comparison import distance_name, few_images_warnings, open_reference
+from sddit_jax.evaluation.feature_spaces import measure, open_space
+from sddit_jax.evaluation.metrics import frechet_distance
+from sddit_jax.generation.decoding import Decode
+from sddit_jax.method.state import Parts
+from sddit_jax.parallel.distributed import decided_by_primary
+from sddit_jax.sampling.sampler import balanced_labels, make_generate, make_sample
+
+log = logging.getLogger("sddit_jax")
+
+BEST = "best.json"
+# Images that are decoded and whose features are computed at a time; no more are sampled at a time.
+_BATCH_SIZE = 256
+
+
+def recorded_best(workdir: Path) -> int | None:
+    """The step that WORKDIR/best.json names; None without that file. Raises CheckpointError if it cannot be read."""
+    path = workdir / BEST
+    if not path.exists():
+        return None
+    try:
+        return int(json.loads(path.read_text())["step"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; remove it to start comparing anew") from error
+
+
+class Monitor:
+    """Measures a distance with the EMA weights every `config.eval.every` steps. All processes make the same calls.
+
+    The same noise and labels each time. WORKDIR/best.json has the step with the lowest distance, all distances, and
+    their conditions; with other conditions it starts anew. What it has of steps after `start`, which will come again,
+    is dropped.
+
+    Raises (when made): ConfigError, DataError or WeightsError for what could not be measured.
+    """
+
+    def __init__(
+        self, parts: Parts, codec: dict[str, Any], decode: Decode, mesh: Mesh, workdir: Path, start: int
+    ) -> None:
+        config = parts.config
+        self._eval, self._seed = config.eval, config.seed
+        self._label_N = balanced_labels(config.eval.num_samples, config.model.num_classes)
+        self._space = open_space(config.eval.features, config.eval.inception, mesh, _BATCH_SIZE)
+        shape = self._shape_of_samples(parts, codec.get("factor") or 1)
+        self._reference = open_reference(config.eval.reference, self._space, shape, _BATCH_SIZE, ("fid",))
+        self.name = f"eval/{distance_name(self._space)}"
+        sample = make_sample(parts.network, parts.diffusion, parts.codec, config.sampling)
+        self._generate = make_generate(sample, mesh, min(config.batch_size, len(self._label_N), _BATCH_SIZE), decode)
+
+        sampling = {k: v for k, v in dataclasses.asdict(config.sampling).items() if k not in ("every", "grid")}
+        self._path = workdir / BEST
+        self._conditions = {
+            "num_samples": config.eval.num_samples,
+            "seed": config.seed,
+            "sampling": sampling,
+            "autoencoder": decode.weights,
+            "features": {k: v for k, v in self._space.record.items() if k != "weights"},
+            "reference_sha256": self._reference.record["sha256"],
+        }
+        found = decided_by_primary(self._read).items()
+        self._distances = {int(step): distance for step, distance in found if int(step) <= start}
+
+    @property
+    def best(self) -> int | None:
+        """The step with the lowest distance, the first of several; None if there is no distance."""
+        return min(self._distances, key=self._distances.get, default=None)
+
+    def due(self, step: int) -> bool:
+        """Whether the step is one to measure."""
+        return step > 0 and step % self._eval.every == 0
+
+    def measure(self, ema: Any, step: int, check: Callable[[], None]) -> dict[str, float]:
+        """Samples, and returns the distance as `self.name`, and the seconds that it took.
+
+        A distance that best.json has is returned without them. `check`, which may raise, is called between batches;
+        then nothing is kept.
+        """
+        if step in self._distances:
+            return {self.name: self._distances[step]}
+        # What training still computes is not the time of this.
+        jax.block_until_ready(ema)
+        began = time.monotonic()
+        sampling_seconds: list[float] = []
+        measured = measure(self._space, self._batches(ema, sampling_seconds, check), keep=False)
+        distance = frechet_distance(*measured.moments.finalise(), *self._reference.pool)
+        if not self._distances:
+            for words in few_images_warnings(self.name, measured.moments, self._reference.pool, self._reference.count):
+                log.warning("%s", words)
+        # Every process computes it, so that none waits; one decides, so that all keep the same checkpoint.
+        words_2 = multihost_utils.broadcast_one_to_all(np.array([distance]).view(np.uint32))
+        distance = float(np.asarray(words_2).view(np.float64)[0])
+        self._distances[step] = distance
+        if jax.process_index() == 0:
+            self._write()
+        ended = time.monotonic()
+        log.info(
+            "step %d: %s %.6g of %d samples (%.1f s, of which %.1f s sampling); best: step %d",
+            step, self.name, distance, len(self._label_N), ended - began, sum(sampling_seconds), self.best,
+        )  # fmt: skip
+        return {
+            self.name: distance,
+            "perf/eval_seconds": ended - began,
+            "perf/eval_sampling_seconds": sum(sampling_seconds),
+        }
+
+    def _batches(self, ema: Any, seconds: list[float], check: Callable[[], None]) -> Iterator[np.ndarray]:
+        """The samples, and how long each batch of them took."""
+        index_N = np.arange(len(self._label_N))
+        for start in range(0, len(index_N), _BATCH_SIZE):
+            check()
+            began = time.monotonic()
+            part = slice(start, start + _BATCH_SIZE)
+            images_BHWC = self._generate(ema, self._seed, self._label_N[part], index_N[part])
+            seconds.append(time.monotonic() - began)
+            yield images_BHWC
+
+    def _shape_of_samples(self, parts: Parts, factor: int) -> tuple[int, int, int, int]:
+        m = parts.config.model
+        side, channels = m.image_size * factor, 3 if parts.config.codec.name == "latents" else m.channels
+        if channels not in (1, 3):
+            raise ConfigError(f"eval.every is {self._eval.every}, but images of {channels} channels are not compared")
+        return len(self._label_N), side, side, channels
+
+    def _read(self) -> dict[str, float]:
+        if not self._path.exists():
+            return {}
+        try:
+            saved = json.loads(self._path.read_text())
+            found, distances = saved["conditions"], {str(int(k)): float(v) for k, v in saved["distances"].items()}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{self._path} cannot be read: {error}; remove it to start comparing anew") from error
+        if found != json.loads(json.dumps(self._conditions)):
+            lost = f"checkpoint {min(distances, key=distances.get)}" if distances else "no checkpoint"
+            log.warning(
+                "%s has distances under other conditions: steps are compared anew, and %s, which had the lowest, is no "
+                "longer kept for that: a later save may remove it. To keep it, stop now and copy it",
+                self._path, lost,
+            )  # fmt: skip
+            return {}
+        return distances
+
+    def _write(self) -> None:
+        content = {
+            "step": self.best,
+            "distance": self._distances[self.best],
+            "name": self.name,
+            "distances": self._distances,
+            "conditions": self._conditions,
+            "reference": self._reference.record["path"],
+        }
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(content, indent=2))
+        temporary.replace(self._path)

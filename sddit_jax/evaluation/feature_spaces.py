@@ -1,0 +1,223 @@
+"""Features in which sets of images are compared, computed on all devices batch by batch, their moments in float64."""
+
+import collections
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sddit_jax.errors import DataError, UserError
+from sddit_jax.evaluation.metrics import RunningMoments
+from sddit_jax.models import inception
+from sddit_jax.weights.inception import load_inception
+
+NAMES = ("inception", "pixels")
+# The covariance of as many takes a minute to decompose.
+MOST_PIXELS = 4096
+# Moments are merged in parts of so many images.
+_PART = 1024
+
+
+class Features(NamedTuple):
+    """Of a batch: `pool_BD` [B, D]; and, of Inception alone, those of sFID and the logits of the Inception Score."""
+
+    pool_BD: Any
+    spatial_BD: Any = None
+    logits_BK: Any = None
+
+
+class FeatureSpace(NamedTuple):
+    """A name, and what makes the features.
+
+    function(uint8 images [B, H, W, C]) -> Features. It may return arrays of JAX that are still being computed.
+    record: what else a result depends on, for JSON.
+    """
+
+    name: str
+    function: Callable[[np.ndarray], Features]
+    record: dict[str, Any]
+
+
+class Measured(NamedTuple):
+    """What is known of a set of images.
+
+    shape: [H, W, C] of an image. pixels_sha256: of all images, one after the other, whatever file they are from.
+    moments, spatial: of the features. pool_ND, logits_NK: of the images whose features were to be kept.
+    """
+
+    count: int
+    shape: tuple[int, int, int]
+    pixels_sha256: str
+    moments: RunningMoments
+    spatial: RunningMoments | None
+    pool_ND: np.ndarray | None
+    logits_NK: np.ndarray | None
+
+
+def open_space(name: str, inception_file: str, mesh: Mesh, batch_size: int) -> FeatureSpace:
+    """`inception` or `pixels`. Raises UserError for another name, or without a file of weights; WeightsError."""
+    if name == "pixels":
+        return pixels_space()
+    if name != "inception":
+        raise UserError(f"features {name!r} are not one of {', '.join(NAMES)}")
+    if not inception_file:
+        raise UserError(
+            "features of Inception need its weights: the file pt_inception-2015-12-05-6726825d.pth of the releases of "
+            "mseitzer/pytorch-fid on GitHub"
+        )
+    return inception_space(inception_file, mesh, batch_size)
+
+
+def pixels_space() -> FeatureSpace:
+    """Pixels themselves, in [-0.5, 0.5]: for small images."""
+
+    def function(image_BHWC: np.ndarray) -> Features:
+        if (dimension := image_BHWC[0].size) > MOST_PIXELS:
+            raise DataError(
+                f"images of {list(image_BHWC.shape[1:])} have {dimension:,} values; as features, pixels are for images "
+                f"of at most {MOST_PIXELS:,}"
+            )
+        return Features(image_BHWC.reshape(len(image_BHWC), -1) / 255 - 0.5)
+
+    return FeatureSpace("pixels", function, {"name": "pixels"})
+
+
+def inception_space(path: str, mesh: Mesh, batch_size: int) -> FeatureSpace:
+    """Those of FID. Grey images become RGB. Raises WeightsError."""
+    weights = load_inception(Path(path).expanduser())
+
+    def function(params: Any, image_BHWC: jax.Array) -> Features:
+        if image_BHWC.shape[3] == 1:
+            image_BHWC = jnp.repeat(image_BHWC, 3, axis=3)
+        found = inception.features(params, image_BHWC)
+        return Features(found["pool_BD"], found["spatial_BD"], found["unbiased_logits_BK"])
+
+    record = {
+        "name": "inception",
+        "weights": path,
+        "weights_sha256": weights.sha256,
+        "published_weights": weights.published,
+        "resize": "bilinear to 299 x 299, as TensorFlow 1, without antialiasing",
+    }
+    return FeatureSpace("inception", on_devices(function, weights.params, mesh, batch_size), record)
+
+
+def on_devices(
+    function: Callable[[Any, jax.Array], Any], params: Any, mesh: Mesh, batch_size: int
+) -> Callable[[np.ndarray], Any]:
+    """function(params, images [B, ...]) with the rows over all devices of all processes, compiled once for a shape.
+
+    All processes pass the same images, at most `batch_size`, which is rounded up to the devices. The arrays that come
+    back have that many rows: those behind the images are padding.
+    """
+    rows, everywhere = NamedSharding(mesh, P(mesh.axis_names)), NamedSharding(mesh, P())
+    batch_size += -batch_size % mesh.size
+    params = jax.device_put(params, everywhere)
+    jitted = jax.jit(function, out_shardings=rows)
+
+    def padded(image_BHWC: np.ndarray) -> Any:
+        padding = np.zeros((batch_size - len(image_BHWC), *image_BHWC.shape[1:]), image_BHWC.dtype)
+        batch = np.concatenate([image_BHWC, padding])
+        return jitted(params, jax.make_array_from_callback(batch.shape, rows, batch.__getitem__))
+
+    return padded
+
+
+def measure(
+    space: FeatureSpace,
+    batches: Iterator[np.ndarray],
+    *,
+    keep: bool | np.ndarray,
+    on_batch: Callable[[int], None] = lambda count: None,
+) -> Measured:
+    """Goes through batches of images [B, H, W, C] once.
+
+    keep: whether the features and logits are kept too, not their moments alone; for each image, bool [N], or for all.
+    on_batch(count) is called as images are done.
+
+    Raises:
+      DataError: fewer than 2 images, images of different shapes, or what `batches` and the features raise.
+    """
+    hashed, count, shape = hashlib.sha256(), 0, None
+    pool, spatial, logits = _Moments(), _Moments(), []
+    kept = []
+
+    def checked() -> Iterator[np.ndarray]:
+        nonlocal shape
+        for image_BHWC in batches:
+            if shape not in (None, image_BHWC.shape[1:]):
+                raise DataError(f"images of {list(image_BHWC.shape[1:])} behind images of {list(shape)}")
+            shape = image_BHWC.shape[1:]
+            hashed.update(np.ascontiguousarray(image_BHWC))
+            yield image_BHWC
+
+    for found in _computed(space, checked()):
+        pool.add(found.pool_BD)
+        if found.spatial_BD is not None:
+            spatial.add(found.spatial_BD)
+        batch = slice(count, count + len(found.pool_BD))
+        count = batch.stop
+        chosen_B = keep[batch] if isinstance(keep, np.ndarray) else np.full(len(found.pool_BD), keep)
+        if chosen_B.any():
+            kept.append(found.pool_BD[chosen_B])
+            logits += [] if found.logits_BK is None else [found.logits_BK[chosen_B]]
+        on_batch(count)
+    if count < 2:
+        raise DataError(f"{count} images have no covariance; at least 2 are needed")
+    return Measured(
+        count,
+        shape,
+        hashed.hexdigest(),
+        pool.finish(),
+        spatial.finish(),
+        np.concatenate(kept) if kept else None,
+        np.concatenate(logits) if logits else None,
+    )
+
+
+class _Moments:
+    """Running moments of batches, which are put together to parts."""
+
+    def __init__(self) -> None:
+        self.moments: RunningMoments | None = None
+        self.waiting: list[np.ndarray] = []
+
+    def add(self, features_BD: np.ndarray) -> None:
+        self.waiting.append(features_BD)
+        if sum(map(len, self.waiting)) >= _PART:
+            self.finish()
+
+    def finish(self) -> RunningMoments | None:
+        """Of all that was added; None if nothing was."""
+        if self.waiting:
+            part = RunningMoments.of(np.concatenate(self.waiting))
+            self.moments = part if self.moments is None else self.moments.merge(part)
+            self.waiting = []
+        return self.moments
+
+
+def _computed(space: FeatureSpace, batches: Iterator[np.ndarray]) -> Iterator[Features]:
+    """The features on the host. The devices compute a batch while the one before is used, and the next is read."""
+    waiting: collections.deque[tuple[Features, int]] = collections.deque()
+    for image_BHWC in batches:
+        waiting.append((space.function(image_BHWC), len(image_BHWC)))
+        if len(waiting) > 1:
+            yield _fetched(*waiting.popleft())
+    while waiting:
+        yield _fetched(*waiting.popleft())
+
+
+def _fetched(found: Features, count: int) -> Features:
+    def on_host(x: Any) -> np.ndarray:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            x = multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(x)[:count]
+
+    return Features(*(None if x is None else on_host(x) for x in found))

@@ -1,0 +1,123 @@
+"""Images to evaluate, batch by batch in a fixed order: of an npz file, of a folder, or of a source of training data."""
+
+import collections
+import logging
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from sddit_jax.data.images import FORMATS, BadImageError, read_image
+from sddit_jax.data.sources import FolderSource, ImageSource
+from sddit_jax.errors import DataError
+from sddit_jax.evaluation.reference_files import open_evaluation_file
+
+log = logging.getLogger("sddit_jax")
+
+
+class ImageSet(Protocol):
+    """uint8 images of one shape; N counts those that are left out too."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """[N, H, W, C]."""
+        ...
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        """uint8 [size, H, W, C] in a fixed order; the last may be smaller. Raises DataError."""
+        ...
+
+
+class DecodedImages(NamedTuple):
+    """Images that are decoded ahead by threads. load(i) -> image i, or None for one that is left out."""
+
+    shape: tuple[int, int, int, int]
+    load: Callable[[int], np.ndarray | None]
+    num_threads: int
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        """uint8 [size, H, W, C] in the order of the numbers; the last may be smaller."""
+        images = []
+        for image in self._decoded(ahead=2 * size):
+            images += [] if image is None else [image]
+            if len(images) == size:
+                yield np.stack(images)
+                images = []
+        if images:
+            yield np.stack(images)
+
+    def _decoded(self, ahead: int) -> Iterator[np.ndarray | None]:
+        pending: collections.deque[Future] = collections.deque()
+        with ThreadPoolExecutor(self.num_threads) as pool:
+            for number in range(self.shape[0]):
+                pending.append(pool.submit(self.load, number))
+                if len(pending) > ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+
+
+def open_image_set(path: str | os.PathLike[str], num_threads: int = 16) -> ImageSet:
+    """The images of an npz file (arr_0), or of a folder of image files, which all have the same size.
+
+    Raises DataError: there are none, they cannot be read, or they have different sizes.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        return _open_folder(path, num_threads)
+    if not path.exists():
+        raise DataError(f"{path} does not exist; it should be an npz file or a folder of images")
+    images = open_evaluation_file(path, None).images
+    if images is None:
+        raise DataError(f"{path} has no images (arr_0)")
+    return images
+
+
+def source_image_set(source: ImageSource, num_threads: int = 16) -> DecodedImages:
+    """All images of a source of training data. Those that cannot be read are left out, each with a warning."""
+
+    def load(number: int) -> np.ndarray | None:
+        try:
+            return source.load(number)[0]
+        except BadImageError as error:
+            log.warning("left out: %s: %s", source.locate(number), error)
+            return None
+
+    return DecodedImages((len(source), *source.image_shape), load, num_threads)
+
+
+def _open_folder(path: Path, num_threads: int) -> DecodedImages:
+    # It is only listed: files are read in their own size, not cropped.
+    files = FolderSource(path, "", (1, 1, 3))
+    height, width, channels = _shape_of(files.locate(0))
+    if height != width:
+        raise DataError(f"{files.locate(0)} is {width}x{height}; images in folders should be square")
+
+    def load(number: int) -> np.ndarray:
+        file = files.locate(number)
+        shape = _shape_of(file)
+        if shape != (height, width, channels):
+            raise DataError(
+                f"{file} is {list(shape)}, but {files.locate(0)} {[height, width, channels]} (height, width, "
+                "channels); all images should have the same"
+            )
+        try:
+            return read_image(file, size=height, channels=channels)
+        except BadImageError as error:
+            raise DataError(f"{file}: {error}") from error
+
+    return DecodedImages((len(files), height, width, channels), load, num_threads)
+
+
+def _shape_of(file: str) -> tuple[int, int, int]:
+    """Height, width and channels (1 or 3) by the file's header."""
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            grey = image.mode in ("1", "L") or image.mode.startswith("I")
+            return image.height, image.width, 1 if grey else 3
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{file} is not an image that can be read: {error}") from error

@@ -1,0 +1,318 @@
+"""Several processes that train or sample as one: how they meet, and how one of them leaves.
+
+JAX ends a process without an exception when its coordinator cannot be reached or another process is missing. So the
+processes first meet at the coordinator's address by themselves, and whatever is wrong is told to all of them.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import itertools
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from orbax.checkpoint import multihost
+
+from sddit_jax.errors import CommandError, Unreachable, UserError
+from sddit_jax.parallel.signals import stop_signals
+
+log = logging.getLogger("sddit_jax")
+
+# How long a process that ends with an error waits for the others to meet the same one.
+LEAVING_SECONDS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A process's place among the `count` of them; process 0 listens at host:port."""
+
+    host: str
+    port: int
+    index: int
+    count: int
+    local_device_ids: Sequence[int] | None = None
+
+    @property
+    def address(self) -> str:
+        """host:port, an IPv6 host in brackets."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def start(
+    distributed: str,
+    process_index: int | None = None,
+    process_count: int | None = None,
+    *,
+    wait_seconds: int = 300,
+    heartbeat_seconds: int = 100,
+) -> None:
+    """Makes this process one of several, before anything else touches a JAX backend.
+
+    Args:
+      distributed: "off": this process is alone. "auto": place and address as JAX finds them on Cloud TPU, GKE, SLURM,
+        Open MPI. HOST:PORT: process 0 runs on HOST, where PORT is free.
+      process_index: which of the processes this is, from 0; for HOST:PORT only.
+      process_count: how many there are; for HOST:PORT only.
+      wait_seconds: how long the processes wait for each other.
+      heartbeat_seconds: a process that is not heard of for so long counts as dead, and JAX ends the others.
+
+    Raises:
+      UserError: the arguments, or those of the other processes, do not fit together.
+      Unreachable: not all processes came in time, or the port is taken.
+    """
+    if distributed == "off":
+        if process_index is not None or process_count is not None:
+            raise UserError("--process_index and --process_count are for --distributed=HOST:PORT")
+        return
+    deadline = time.monotonic() + wait_seconds
+    if distributed == "auto":
+        if process_index is not None or process_count is not None:
+            raise UserError("--distributed=auto finds out --process_index and --process_count itself; leave them out")
+        place = _detect(wait_seconds)
+    else:
+        place = _explicit(distributed, process_index, process_count)
+    if place.index == 0:
+        _receive(place, wait_seconds, deadline)
+    else:
+        _join(place, wait_seconds, deadline)
+        log.setLevel(logging.ERROR)
+    jax.distributed.initialize(
+        place.address,
+        place.count,
+        place.index,
+        place.local_device_ids,
+        cluster_detection_method="deactivate",
+        initialization_timeout=wait_seconds,
+        heartbeat_timeout_seconds=heartbeat_seconds,
+    )
+    if jax.process_count() > 1:
+        _connect_devices()
+    log.info("%d processes with %d devices", place.count, len(jax.devices()))
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], str]]:
+    """stopped() -> the name of a SIGTERM or SIGINT that came, or ""; a second Ctrl-C has its usual effect.
+
+    Several processes all ask equally often. When one of them gets a signal, JAX, which has taken over SIGTERM, lets all
+    agree on the question at which they learn it.
+    """
+    if not jax.distributed.is_initialized():
+        with stop_signals() as received:
+            yield lambda: received[0] if received else ""
+        return
+
+    def as_sigterm(number: int, frame: Any) -> None:
+        del frame
+        signal.signal(number, previous)
+        signal.raise_signal(signal.SIGTERM)
+
+    previous = signal.signal(signal.SIGINT, as_sigterm)
+    questions = itertools.count()
+    try:
+        yield lambda: "SIGTERM" if multihost_utils.reached_preemption_sync_point(next(questions)) else ""
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def decided_by_primary(decide: Callable[[], Any]) -> Any:
+    """What decide() returns on process 0, a JSON value, for all processes; the UserError that it raises there, too.
+
+    It may take long: the others wait for it.
+    """
+    answer = {}
+    if jax.process_index() == 0:
+        try:
+            answer = {"value": decide()}
+        except UserError as error:
+            if jax.process_count() == 1:
+                raise
+            answer = {"error": str(error)}
+    if jax.process_count() > 1:
+        content = np.frombuffer(json.dumps(answer).encode(), np.uint8)
+        size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+        content = content if jax.process_index() == 0 else np.zeros(size, np.uint8)
+        answer = json.loads(multihost_utils.broadcast_one_to_all(content).tobytes())
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer["value"]
+
+
+def leave(exit_code: int) -> None:
+    """Ends this process after an error if it is one of several; returns if it is alone.
+
+    Usually all end at the same time: for one signal, or with one mistake. Then they part in peace. If the others do not
+    come, this process leaves alone, and they will miss it: JAX's shutdown would wait for them and abort.
+    """
+    if not jax.distributed.is_initialized():
+        return
+    if error := sys.exception():
+        traceback.print_exception(error)
+    with contextlib.suppress(RuntimeError):
+        multihost.get_barrier_sync_fn()(key="leaving", timeout_ms=1000 * LEAVING_SECONDS)
+        jax.distributed.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads that wait for other processes would keep this one.
+    os._exit(exit_code)
+
+
+def _connect_devices() -> None:
+    """A sum over all devices, while all processes are known to be here.
+
+    Devices connect at their first collective, and those of CPUs give up when another process is half a minute late: it
+    may still be compiling.
+    """
+    devices = Mesh(jax.devices(), "all")
+    ones_N = jax.make_array_from_callback(
+        (devices.size,), NamedSharding(devices, P("all")), lambda _: np.ones(1, np.float32)
+    )
+    jax.block_until_ready(jax.jit(jnp.sum, out_shardings=NamedSharding(devices, P()))(ones_N))
+
+
+def _explicit(address: str, index: int | None, count: int | None) -> Place:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UserError(f"--distributed={address}: it should be off, auto or HOST:PORT, such as 10.0.0.1:1234")
+    if index is None or count is None:
+        raise UserError(f"--distributed={address} needs --process_index=I and --process_count=N")
+    if not 0 <= index < count:
+        raise UserError(f"--process_index={index} --process_count={count}: processes are numbered 0 to {count - 1}")
+    return Place(host.removeprefix("[").removesuffix("]"), int(port), index, count)
+
+
+def _detect(wait_seconds: int) -> Place:
+    """What `jax.distributed.initialize()` would find out: only JAX's own module tells it beforehand."""
+    from jax._src.clusters import ClusterEnv
+
+    known = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    try:
+        address, count, index, device_ids = ClusterEnv.auto_detect_unset_distributed_params(
+            known, None, None, None, None, wait_seconds
+        )
+    except (OSError, RuntimeError) as error:
+        raise Unreachable(f"--distributed=auto: {error}") from error
+    if address is None or count is None or index is None:
+        raise UserError(
+            "--distributed=auto: this is none of Cloud TPU, GKE, SLURM and Open MPI; give the address of process 0, as "
+            "in --distributed=10.0.0.1:1234 --process_index=0 --process_count=2"
+        )
+    host, _, port = address.rpartition(":")
+    return Place(host.removeprefix("[").removesuffix("]"), int(port), index, count, device_ids)
+
+
+def _receive(place: Place, wait_seconds: int, deadline: float) -> None:
+    """Process 0: waits for one message of each of the others, and answers all when all are there or something fails."""
+    try:
+        dual = socket.has_dualstack_ipv6()
+        server = socket.create_server(
+            ("", place.port),
+            family=socket.AF_INET6 if dual else socket.AF_INET,
+            backlog=place.count,
+            dualstack_ipv6=dual,
+        )
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise UserError(f"process 0 cannot listen at port {place.port} of {place.host}: {error}") from error
+        raise Unreachable(
+            f"port {place.port} of {place.host} is in use: by another run, by an earlier one that has not ended yet, "
+            f"or by a second process with --process_index=0; each run needs a port of its own"
+        ) from error
+    waiting: list[tuple[int, socket.socket]] = []
+    answer = {}
+    try:
+        with server:
+            while len(_still_here(waiting)) < place.count - 1:
+                _admit(server, place, waiting, wait_seconds, deadline)
+    except CommandError as error:
+        answer = {"error": str(error), "mistake": isinstance(error, UserError)}
+        raise
+    finally:
+        for _, connection in waiting:
+            with contextlib.suppress(OSError), connection:
+                connection.sendall(json.dumps(answer).encode() + b"\n")
+
+
+def _admit(
+    server: socket.socket, place: Place, waiting: list[tuple[int, socket.socket]], wait_seconds: int, deadline: float
+) -> None:
+    """Takes the next process, its index and the connection over which it waits for its answer, into `waiting`."""
+    server.settimeout(max(deadline - time.monotonic(), 0.001))
+    try:
+        connection, _ = server.accept()
+    except TimeoutError as error:
+        missing = set(range(1, place.count)) - {index for index, _ in waiting}
+        raise Unreachable(
+            f"of {place.count} processes {', '.join(map(str, sorted(missing)))} did not come to {place.address} within "
+            f"{wait_seconds} s; each has to be started, and must be able to reach this address"
+        ) from error
+    try:
+        connection.settimeout(5)
+        message = json.loads(connection.makefile("rb").readline(1000))
+        index, count = int(message["index"]), int(message["count"])
+    except (OSError, ValueError, TypeError, KeyError):
+        # Nobody of ours, such as a scan of ports.
+        connection.close()
+        return
+    _still_here(waiting).append((index, connection))
+    if count != place.count:
+        raise UserError(f"process {index} has --process_count={count}, but process 0 has {place.count}")
+    if index == 0 or [i for i, _ in waiting].count(index) > 1:
+        raise UserError(f"two processes have --process_index={index}; each of 0 to {count - 1} is needed once")
+
+
+def _still_here(waiting: list[tuple[int, socket.socket]]) -> list[tuple[int, socket.socket]]:
+    """The list itself, without those that have gone: they may come again."""
+    waiting[:] = [(index, connection) for index, connection in waiting if not _has_gone(connection)]
+    return waiting
+
+
+def _has_gone(connection: socket.socket) -> bool:
+    """Whether a process that waits for its answer has closed the connection."""
+    connection.setblocking(False)
+    try:
+        return connection.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    finally:
+        connection.settimeout(5)
+
+
+def _join(place: Place, wait_seconds: int, deadline: float) -> None:
+    """The others: wait until process 0 answers that all are there."""
+    reason = ""
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            with socket.create_connection((place.host, place.port), timeout=min(left, 5)) as connection:
+                connection.sendall(json.dumps({"index": place.index, "count": place.count}).encode() + b"\n")
+                # Process 0 may have started later; it knows best who is missing.
+                connection.settimeout(left + wait_seconds)
+                answer = json.loads(connection.makefile("rb").readline())
+        except (OSError, ValueError) as error:
+            reason = str(error)
+            time.sleep(min(left, 0.2))
+            continue
+        if "error" in answer:
+            raise (UserError if answer["mistake"] else Unreachable)(f"process 0 says: {answer['error']}")
+        return
+    raise Unreachable(
+        f"process 0 was not found at {place.address} within {wait_seconds} s ({reason}); it has to run there, and the "
+        f"port has to be open to this machine"
+    )

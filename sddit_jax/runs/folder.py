@@ -1,0 +1,81 @@
+"""A run's folder as others read it: its configuration and its newest checkpoint."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from sddit_jax.config import border
+from sddit_jax.config.schema import Config
+from sddit_jax.errors import CheckpointError, ConfigError
+from sddit_jax.method.codec import check_codec
+from sddit_jax.method.state import Parts, State, make_parts
+from sddit_jax.models.transformer import Network
+from sddit_jax.parallel import sharding
+from sddit_jax.runs.checkpoint import Checkpointer
+from sddit_jax.sampling.guidance import check_guide
+
+CONFIG = "config.json"
+CHECKPOINTS = "checkpoints"
+
+
+def write_config(workdir: Path, config: Config) -> None:
+    """Writes WORKDIR/config.json, whole or not at all."""
+    temporary = workdir / f"{CONFIG}.tmp"
+    temporary.write_text(json.dumps(border.to_dict(config), indent=2))
+    temporary.replace(workdir / CONFIG)
+
+
+def read_config(workdir: Path) -> Config:
+    """What `write_config` wrote. Raises CheckpointError if it cannot be read."""
+    path = workdir / CONFIG
+    try:
+        return border.resolve(json.loads(path.read_text()))
+    except (OSError, ValueError, ConfigError) as error:
+        raise CheckpointError(f"{path} is not the config of a run: {error}; use another --workdir") from error
+
+
+def open_checkpoints(workdir: Path) -> Checkpointer:
+    """The checkpoints of a run, to be read only. Raises CheckpointError if it has none."""
+    if not (workdir / CHECKPOINTS).is_dir():
+        raise CheckpointError(f"{workdir} has no checkpoints; it should be the folder of a run")
+    return Checkpointer(workdir / CHECKPOINTS, read_only=True)
+
+
+def abstract_state(parts: Parts, mesh: jax.sharding.Mesh) -> State:
+    """Shape, dtype and layout of every array of a train state on a mesh."""
+    abstract = jax.eval_shape(parts.init_state, jax.random.key(0))
+    layout = sharding.shardings(mesh, abstract)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, layout)
+
+
+def restore_run(
+    workdir: Path, mesh: jax.sharding.Mesh, step: int | None = None
+) -> tuple[Config, State, dict[str, Any]]:
+    """Configuration, train state and record of a run's newest intact checkpoint, or of that of `step`.
+
+    Raises CheckpointError if there is none.
+    """
+    checkpointer = open_checkpoints(workdir)
+    restored = checkpointer.restore(abstract_state(make_parts(read_config(workdir)), mesh), step)
+    if restored is None:
+        of_step = "" if step is None else f" of step {step}"
+        raise CheckpointError(f"{workdir} has no checkpoint{of_step}; there are {checkpointer.all_steps()}")
+    state, meta = restored
+    return border.resolve(meta["config"]), state, meta
+
+
+def restore_guide(
+    workdir: Path, config: Config, codec: Mapping[str, Any], step: int | None = None
+) -> tuple[Network, Any, dict[str, Any]]:
+    """Network, EMA weights and record of the run that guides the samples of a network, from its newest checkpoint.
+
+    config, codec: of the network that is guided. Raises UserError if the run cannot guide it.
+    """
+    ema, meta = open_checkpoints(workdir).restore_ema(step=step)
+    guide = border.resolve(meta["config"])
+    check_guide(config, guide)
+    check_codec(f"the guide {workdir}", meta["codec"], "what the network that it is to guide learnt", codec)
+    return make_parts(guide).network, ema["default"], meta

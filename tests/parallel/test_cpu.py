@@ -1,0 +1,54 @@
+"""What the commands ask of XLA and glibc where there is no accelerator."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from tiny import tiny_parts
+
+from sddit_jax.parallel import cpu
+
+# Runs a program with 64 MiB of working memory ten times, and prints how many pages came anew in each.
+PROGRAM = """
+import resource, sys
+import jax, jax.numpy as jnp
+from sddit_jax.parallel import cpu
+
+if sys.argv[1] == "kept":
+    cpu.keep_working_memory()
+
+@jax.jit
+def program(x):
+    return jnp.sort(jnp.outer(x[:4], x), axis=0).sum()
+
+x = jnp.ones(2**22)
+for _ in range(3):
+    program(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    program(x).block_until_ready()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_working_memory_is_kept_between_executions():
+    """Without it each execution gets its memory from the system again, in pages of 4 KiB."""
+    pages = {
+        name: float(subprocess.run([sys.executable, "-c", PROGRAM, name], check=True, capture_output=True).stdout)
+        for name in ("as it is", "kept")
+    }
+    assert pages["as it is"] > 2**13
+    assert pages["kept"] < pages["as it is"] / 4
+
+
+def test_a_quick_initialisation_gives_the_same_bits():
+    parts = tiny_parts("sd_dit")
+    states = [
+        jax.jit(parts.init_state, compiler_options=options)(jax.random.key(3))
+        for options in (None, cpu.init_compiler_options())
+    ]
+    assert cpu.init_compiler_options()
+    jax.tree.map(np.testing.assert_array_equal, *states)
