@@ -1,0 +1,137 @@
+"""Files: written whole or not at all, hashed, and read as JSON that may be wrong."""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from sddit_jax.errors import UserError
+
+
+@contextmanager
+def whole(path: str | os.PathLike[str], folder: Path | None = None) -> Iterator[IO[bytes]]:
+    """A file for the body to write: it is at `path`, on the disk, when the body has ended, and not before.
+
+    A body that raises, or a process that is killed, leaves at `path` what was there. Until the end the bytes are in a
+    hidden file of `folder` (None: the folder of `path`), which has to be on the same file system; a library that opens
+    files itself takes its name, `file.name`. A symbolic link stays one. What cannot be replaced, such as a pipe or
+    /dev/stdout, is written directly.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    path = Path(path)
+    if not _can_be_replaced(path):
+        with path.open("wb") as file:
+            yield file
+        return
+    path = Path(os.path.realpath(path))
+    folder = path.parent if folder is None else folder
+    _remove_leftovers(folder, path.name)
+    with _temporary(folder, path.name) as file:
+        temporary, mode = Path(file.name), os.fstat(file.fileno()).st_mode
+        try:
+            yield file
+            file.flush()
+            # A library may have put a file of its own in the place, for its owner alone.
+            with temporary.open("rb") as written:
+                os.fchmod(written.fileno(), mode)
+                os.fsync(written.fileno())
+            temporary.replace(path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
+
+
+def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
+    """Writes a file whole or not at all. Raises OSError."""
+    with whole(path) as file:
+        file.write(content)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes a JSON value for people and programs to read, whole or not at all. Raises OSError."""
+    write_whole(path, json.dumps(value, indent=2).encode())
+
+
+def check_output(path: Path) -> None:
+    """Raises UserError if `whole` cannot write to a path; it is asked before hours of work."""
+    folder, why = Path(os.path.realpath(path)).parent, ""
+    written = [path] * path.exists() + [folder] * _can_be_replaced(path)
+    if path.is_dir():
+        why = "it is a folder"
+    elif not folder.is_dir():
+        why = f"{folder} is not a folder"
+    elif not all(os.access(each, os.W_OK) for each in written):
+        why = "there is no permission"
+    if why:
+        raise UserError(f"{path} could not be written: {why}")
+
+
+@contextmanager
+def explained(what: object, kind: type[UserError], *also: type[Exception], ending: str = "") -> Iterator[None]:
+    """Turns an OSError of the body into `kind`: "WHAT could not be written: WHY", and the ending.
+
+    what: the path, or the flag that names it. also: what a library raises for a full disk instead of an OSError.
+    """
+    try:
+        yield
+    except (OSError, *also) as error:
+        raise kind(f"{what} could not be written: {error}{ending}") from error
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file's bytes: 64 hexadecimal digits. Raises OSError."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_object(text: str | bytes) -> dict[str, Any]:
+    """The object in a JSON text. Raises ValueError for any other text, one that is nested too deep too."""
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"it is nested too deep: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds a {type(value).__name__} instead of an object")
+    return value
+
+
+def read_json(path: Path, kind: type[UserError], ending: str = "") -> dict[str, Any]:
+    """The object in a JSON file. Raises `kind` if it cannot be read or is none: the path, the reason, the ending."""
+    try:
+        return json_object(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise kind(f"{path} cannot be read as JSON: {error}{ending}") from error
+
+
+def _can_be_replaced(path: Path) -> bool:
+    return path.is_file() or not path.exists()
+
+
+def _temporary(folder: Path, name: str) -> IO[bytes]:
+    """A file of a new name, so that two processes do not mix their bytes, and locked as long as it is open."""
+    while True:
+        file = (folder / f".{name}.{secrets.token_hex(4)}").open("xb")
+        # Not every file system has locks; there leftovers stay.
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        # Before it was locked, another process may have taken it for a leftover.
+        if os.path.exists(file.name):
+            return file
+        file.close()
+
+
+def _remove_leftovers(folder: Path, name: str) -> None:
+    """What killed processes have left of a file, and not what a living one is writing."""
+    leftover = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}")
+    for path in [entry.path for entry in os.scandir(folder) if leftover.fullmatch(entry.name)]:
+        with suppress(OSError), open(path, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(path)
