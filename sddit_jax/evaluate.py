@@ -10,7 +10,6 @@ condition. --samples may be a folder of images, or one that `sample` wrote to; -
 compares small images in pixels, and needs no weights.
 """
 
-import json
 import logging
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from sddit_jax.data.sources import open_source
 from sddit_jax.errors import UserError
 from sddit_jax.evaluation.comparison import (
     METRICS,
-    check_output,
     evaluate,
     find_samples,
     full_record,
@@ -34,6 +32,7 @@ from sddit_jax.evaluation.comparison import (
 )
 from sddit_jax.evaluation.feature_spaces import NAMES, FeatureSpace, open_space
 from sddit_jax.evaluation.image_sets import ImageSet, open_image_set, source_image_set
+from sddit_jax.files import check_output, explained, write_json
 from sddit_jax.parallel import sharding
 
 log = logging.getLogger("sddit_jax")
@@ -86,10 +85,8 @@ def main() -> None:
         return
     for line in table(record):
         log.info("%s", line)
-    try:
-        output.write_text(json.dumps(record, indent=2))
-    except OSError as error:
-        raise UserError(f"{output} could not be written: {error}") from error
+    with explained(output, UserError):
+        write_json(output, record)
     log.info("with all conditions: %s", output)
 
 

@@ -6,7 +6,6 @@ and DIR/pca.png: some test images, and below them, for each noise level and enco
 principal components of their patch features as colours.
 """
 
-import json
 import logging
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from absl import flags
 from sddit_jax import cli, process_flags
 from sddit_jax.config.schema import Parallel
 from sddit_jax.errors import UserError
-from sddit_jax.evaluation.comparison import check_output
 from sddit_jax.evaluation.metrics import PROBE_L2
 from sddit_jax.evaluation.representation import (
     NEIGHBOURS,
@@ -33,6 +31,7 @@ from sddit_jax.evaluation.representation import (
     table,
     untrained_encoder,
 )
+from sddit_jax.files import check_output, explained, write_json
 from sddit_jax.generation.autoencoder_decoding import load_decode
 from sddit_jax.generation.decoding import decode_on
 from sddit_jax.method.state import make_parts
@@ -113,10 +112,8 @@ def main() -> None:
     blocks = parse_blocks(BLOCKS.value, config.model.depth)
     decode = load_decode(config.codec.autoencoder if VAE.value is None else VAE.value, meta["codec"], mesh)
     output = Path(OUTPUT.value).expanduser() if OUTPUT.value else workdir / "probe"
-    try:
+    with explained(f"--output={output}", UserError):
         output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output={output} could not be written: {error}") from error
     check_output(output / "probe.json")
     train, test, data = load_images(
         config,
@@ -161,11 +158,9 @@ def main() -> None:
             "rows": ["image", *(f"{name} at sigma {sigma:g}" for sigma in sigmas for name in encoders)],
         },
     }
-    try:
-        (output / "probe.json").write_text(json.dumps(record, indent=2))
+    with explained(f"--output={output}", UserError):
+        write_json(output / "probe.json", record)
         save_grid(np.concatenate([images_BHWC, components_BHW3]), output / "pca.png", columns=len(images_BHWC))
-    except OSError as error:
-        raise UserError(f"--output={output} could not be written: {error}") from error
     counts = f"{data['train']['count']:,} images of {data['train']['source']}"
     tested = f"{data['test']['count']:,} of {data['test']['source']}"
     print(f"step {meta['step']}; fitted on {counts}, tested on {tested}; chance {record['chance']:.1%}")

@@ -149,7 +149,7 @@ class TestDrawing:
         def once(self, start, images):
             """The second batch of a process is not written whole."""
             if self.written:
-                (self.path / "parts" / f"{start:010d}.npy.tmp").write_bytes(b"half")
+                (self.path / "parts" / f".{start:010d}.npy.0badf00d").write_bytes(b"half")
                 raise MemoryError
             self.written = True
             write(self, start, images)
@@ -474,7 +474,7 @@ class TestCommand:
                 assert wait_for(lambda wanted=wanted: parts(tmp_path) >= wanted, process)
                 time.sleep(rng.uniform(0, 0.005))
             else:
-                assert wait_for(lambda: (tmp_path / "parts" / "samples.npz.tmp").exists(), process)
+                assert wait_for(lambda: list(tmp_path.glob("parts/.samples.npz.*")), process)
             process.kill()
             process.communicate()
         assert not (tmp_path / "samples.json").exists()

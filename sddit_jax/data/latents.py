@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
-from sddit_jax.data.shards import FORMAT, INDEX, Moments, RecordLayout, digest_of, read_json
+from sddit_jax.data.shards import FORMAT, INDEX, Moments, RecordLayout
 from sddit_jax.errors import DataError
+from sddit_jax.files import read_json, sha256_of
 
 # For random access: the default reads 16 MB ahead.
 _OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
@@ -44,7 +45,9 @@ class LatentsSource:
         Raises:
           DataError: a file is missing, damaged or does not match the others, or the latents are not those asked for.
         """
-        index = read_json(path / INDEX)
+        if not (path / INDEX).exists():
+            raise DataError(f"{path / INDEX} is missing; it is written when all latents are there")
+        index = read_json(path / INDEX, DataError)
         with _undamaged(path / INDEX):
             if index["format"] != FORMAT:
                 raise DataError(
@@ -160,7 +163,7 @@ def _open_shard(path: Path, count: int, size: int) -> ArrayRecordReader:
 
 
 def _verify(path: Path, digest: str) -> None:
-    if digest_of(path)[1] != digest:
+    if sha256_of(path) != digest:
         raise DataError(f"{path} is not what was written: its SHA-256 is not the one in {INDEX}; {_AGAIN}")
 
 

@@ -13,22 +13,19 @@ latents and of its mirror image's (latents cannot be mirrored themselves), and t
 """
 
 import dataclasses
-import fcntl
-import hashlib
 import json
-import os
 import re
-import secrets
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import flax.traverse_util
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from sddit_jax.errors import DataError
+from sddit_jax.files import explained, read_json, sha256_of, whole, write_json
 
 FORMAT = 1
 INDEX = "latents.json"
@@ -163,11 +160,11 @@ def begin(folder: Path, plan: Plan) -> None:
       DataError: the folder cannot be written, or holds latents of another plan.
     """
     path = folder / PROGRESS / PLAN
-    with _explained(folder):
+    with _writing(folder):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            _write_json(path, plan.to_json())
-    found, wanted = _flat(read_json(path)), _flat(plan.to_json())
+            write_json(path, plan.to_json())
+    found, wanted = _flat(read_json(path, DataError)), _flat(plan.to_json())
     changed = [
         f"{key} {found.get(key)!r} instead of {wanted[key]!r}" for key in wanted if found.get(key) != wanted[key]
     ]
@@ -189,36 +186,30 @@ def write_shard(folder: Path, plan: Plan, shard: int, batches: Iterable[Moments]
     Raises:
       DataError: it cannot be written, or values are not finite.
     """
-    path, note = folder / plan.shard_name(shard), _note(folder, shard)
-    _remove_leftovers(path, note)
-    temporary = _temporary(path)
+    path = folder / plan.shard_name(shard)
     layout = RecordLayout(plan.latent_shape)
     count, sums = 0, np.zeros((3, plan.latent_shape[-1]))
-    with _explained(path):
-        held = _hold(temporary)
-    try:
-        with _explained(path):
-            writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
+    with ExitStack() as stack:
+        with _writing(path):
+            file = stack.enter_context(whole(path))
+            writer = ArrayRecordWriter(file.name, _WRITER_OPTIONS)
         for moments, label, index in batches:
             if not np.isfinite(moments).all():
                 raise DataError(
                     f"{plan.source}: latents of images {index[0]} to {index[-1]} are not finite in float16; check the "
                     "autoencoder's weights"
                 )
-            with _explained(path):
+            with _writing(path):
                 for record in zip(moments, label, index, strict=True):
                     writer.write(layout.pack(*record))
             count += len(moments)
             sums += _sums(moments)
-        with _explained(path):
+        with _writing(path):
             writer.close()
-            size, digest = digest_of(temporary, sync=True)
-            temporary.replace(path)
+            stack.close()
+            size, digest = path.stat().st_size, sha256_of(path)
             record = {"records": count, "bytes": size, "sha256": digest, "bad_files": bad_files, "sums": sums.tolist()}
-            _write_json(note, record)
-    finally:
-        held.close()
-        temporary.unlink(missing_ok=True)
+            write_json(_note(folder, shard), record)
 
 
 def finish(folder: Path, plan: Plan) -> int:
@@ -243,21 +234,11 @@ def finish(folder: Path, plan: Plan) -> int:
             for i, shard in enumerate(shards)
         ],
     }
-    with _explained(folder):
-        _remove_leftovers(folder / INDEX, folder / BAD_FILES, folder / PROGRESS / PLAN)
+    with _writing(folder):
         _write_tfds_metadata(folder, plan, records)
-        _write_json(folder / BAD_FILES, bad_files)
-        _write_json(folder / INDEX, description)
+        write_json(folder / BAD_FILES, bad_files)
+        write_json(folder / INDEX, description)
     return sum(records)
-
-
-def digest_of(path: Path, sync: bool = False) -> tuple[int, str]:
-    """Size and SHA-256; with `sync` the file is on the disk before this returns."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if sync:
-            os.fsync(file.fileno())
-        return file.tell(), digest
 
 
 def _flat(tree: dict[str, Any]) -> dict[str, Any]:
@@ -268,36 +249,12 @@ def _note(folder: Path, shard: int) -> Path:
     return folder / PROGRESS / f"{shard:05d}.json"
 
 
-def _temporary(path: Path) -> Path:
-    """A new name, so that two processes that write the same file by mistake do not mix their bytes."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-
-
-def _hold(path: Path) -> IO[bytes]:
-    """Makes a file and locks it until it is closed or this process ends. Raises BlockingIOError: another holds it."""
-    file = path.open("ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise
-    return file
-
-
-def _remove_leftovers(*paths: Path) -> None:
-    """What killed processes have left of these files, and not what a living one is writing."""
-    for path in paths:
-        for left in path.parent.glob(f".{path.name}.*"):
-            with suppress(BlockingIOError), _hold(left):
-                left.unlink(missing_ok=True)
-
-
 def _finished(folder: Path, plan: Plan, shard: int) -> dict[str, Any] | None:
     """What `write_shard` noted of a shard, or None if it is to be written."""
     note, path = _note(folder, shard), folder / plan.shard_name(shard)
     if not (note.exists() and path.exists()):
         return None
-    record = read_json(note)
+    record = read_json(note, DataError)
     return record if record.get("bytes") == path.stat().st_size else None
 
 
@@ -341,39 +298,9 @@ def _write_tfds_metadata(folder: Path, plan: Plan, records: list[int]) -> None:
     )
 
 
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turns what a full or closed disk raises into a DataError; RuntimeError is ArrayRecord's."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        raise DataError(f"{path} could not be written: {error}; what is finished is kept") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises DataError if there is none."""
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is missing; it is written when all latents are there") from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is damaged: {error}") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path} is damaged: it holds a {type(value).__name__} instead of an object")
-    return value
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes a file whole or not at all."""
-    temporary = _temporary(path)
-    try:
-        with _hold(temporary) as file:
-            file.write(json.dumps(value, indent=1, allow_nan=False).encode())
-            file.flush()
-            os.fsync(file.fileno())
-            temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _writing(path: Path) -> AbstractContextManager[None]:
+    """ArrayRecord raises RuntimeError for a full disk."""
+    return explained(path, DataError, RuntimeError, ending="; what is finished is kept")
 
 
 def _short(items: Iterable[Any]) -> str:

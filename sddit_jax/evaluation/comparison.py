@@ -1,8 +1,6 @@
 """Sets of images against a reference: Frechet distances, Inception Score, precision, recall and kernel distances."""
 
-import hashlib
 import importlib.metadata
-import json
 import logging
 import os
 from collections.abc import Collection, Iterator
@@ -17,6 +15,7 @@ from sddit_jax.evaluation import metrics
 from sddit_jax.evaluation.feature_spaces import FeatureSpace, Measured, measure
 from sddit_jax.evaluation.image_sets import ImageSet
 from sddit_jax.evaluation.reference_files import EvaluationFile, Statistics, open_evaluation_file, write_statistics
+from sddit_jax.files import check_output, read_json, sha256_of
 from sddit_jax.models.inception import POOL_FEATURES
 from sddit_jax.runs.reporting import Progress
 
@@ -109,11 +108,9 @@ def open_reference(
         pool_ND = images.pool_ND
         if pool is None:
             pool, spatial, count = _statistics(images.moments), _statistics(images.spatial), images.count
-    with path.open("rb") as opened:
-        sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
     record = {
         "path": str(path),
-        "sha256": sha256,
+        "sha256": sha256_of(path),
         "statistics_of": "its images" if file.pool is None else "the file",
         "count": count,
         "features_count": None if pool_ND is None else len(pool_ND),
@@ -281,19 +278,6 @@ def write_reference(
     return measured.count
 
 
-def check_output(path: Path) -> None:
-    """Raises UserError if a file cannot be written; it is asked before hours of work."""
-    why = ""
-    if path.is_dir():
-        why = "it is a folder"
-    elif not path.parent.is_dir():
-        why = f"{path.parent} is not a folder"
-    elif not os.access(path if path.exists() else path.parent, os.W_OK):
-        why = "there is no permission"
-    if why:
-        raise UserError(f"{path} could not be written: {why}")
-
-
 def find_samples(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     """Where images are, absolute, and the record of how they were made; empty if there is none.
 
@@ -316,12 +300,7 @@ def find_samples(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
 def _read_sidecar(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{path} holds a {type(record).__name__}; it should hold an object")
+    record = read_json(path, DataError)
     if not isinstance(sampler := record.get("sampler"), dict | None):
         raise DataError(f"{path}: sampler is {sampler!r}; it should be an object")
     return record

@@ -5,6 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sddit_jax.errors import CheckpointError, ConfigError
 from sddit_jax.evaluation.comparison import distance_name, few_images_warnings, open_reference
 from sddit_jax.evaluation.feature_spaces import measure, open_space
 from sddit_jax.evaluation.metrics import frechet_distance
+from sddit_jax.files import read_json, write_json
 from sddit_jax.generation.decoding import Decode
 from sddit_jax.method.state import Parts
 from sddit_jax.parallel.distributed import decided_by_primary
@@ -27,6 +29,7 @@ log = logging.getLogger("sddit_jax")
 BEST = "best.json"
 # Images that are decoded and whose features are computed at a time; no more are sampled at a time.
 _BATCH_SIZE = 256
+_REMEDY = "; remove it to start comparing anew"
 
 
 def recorded_best(workdir: Path) -> int | None:
@@ -34,10 +37,17 @@ def recorded_best(workdir: Path) -> int | None:
     path = workdir / BEST
     if not path.exists():
         return None
+    with _undamaged(path):
+        return int(read_json(path, CheckpointError, _REMEDY)["step"])
+
+
+@contextmanager
+def _undamaged(path: Path) -> Iterator[None]:
+    """Turns what values of a wrong kind raise into a CheckpointError."""
     try:
-        return int(json.loads(path.read_text())["step"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; remove it to start comparing anew") from error
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}{_REMEDY}") from error
 
 
 class Monitor:
@@ -140,11 +150,9 @@ class Monitor:
     def _read(self) -> dict[str, float]:
         if not self._path.exists():
             return {}
-        try:
-            saved = json.loads(self._path.read_text())
+        with _undamaged(self._path):
+            saved = read_json(self._path, CheckpointError, _REMEDY)
             found, distances = saved["conditions"], {str(int(k)): float(v) for k, v in saved["distances"].items()}
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{self._path} cannot be read: {error}; remove it to start comparing anew") from error
         if found != json.loads(json.dumps(self._conditions)):
             lost = f"checkpoint {min(distances, key=distances.get)}" if distances else "no checkpoint"
             log.warning(
@@ -164,6 +172,4 @@ class Monitor:
             "conditions": self._conditions,
             "reference": self._reference.record["path"],
         }
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content, indent=2))
-        temporary.replace(self._path)
+        write_json(self._path, content)

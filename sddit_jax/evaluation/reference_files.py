@@ -32,6 +32,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from sddit_jax.errors import DataError
+from sddit_jax.files import explained, whole
 from sddit_jax.models.inception import POOL_FEATURES, SPATIAL_FEATURES
 
 _RECORD_BYTES = 1 << 20
@@ -131,20 +132,13 @@ def write_statistics(
 
     Raises DataError if it cannot.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
     arrays = {"mu": pool.mean_D, "sigma": pool.covariance_DD}
     if spatial is not None:
         arrays |= {"mu_s": spatial.mean_D, "sigma_s": spatial.covariance_DD}
     if features_KD is not None:
         arrays["features"] = features_KD
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays, count=np.int64(count), record=json.dumps(record))
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DataError(f"{path} could not be written: {error}") from error
+    with explained(path, DataError), whole(path) as file:
+        np.savez(file, **arrays, count=np.int64(count), record=json.dumps(record))
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from sddit_jax.errors import Interrupted, UserError
+from sddit_jax.files import explained
 from sddit_jax.generation.decoding import Decode
 from sddit_jax.generation.sample_folder import SampleFolder
 from sddit_jax.parallel.distributed import decided_by_primary, stop_requests
@@ -140,9 +141,7 @@ def _save(
     record: dict[str, Any],
 ) -> None:
     def save() -> None:
-        try:
+        with explained(path, UserError):
             save_labelled_grid(images_RCHWC, rows, columns, corner, path, json.dumps(record))
-        except OSError as error:
-            raise UserError(f"{path} could not be written: {error}") from error
 
     decided_by_primary(save)

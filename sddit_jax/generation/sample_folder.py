@@ -16,12 +16,11 @@ import fcntl
 import io
 import json
 import logging
-import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,6 +29,7 @@ import numpy as np
 from PIL import Image
 
 from sddit_jax.errors import UserError
+from sddit_jax.files import explained, read_json, whole, write_json, write_whole
 from sddit_jax.runs.reporting import save_grid
 
 log = logging.getLogger("sddit_jax")
@@ -80,7 +80,7 @@ class SampleFolder:
 
         Raises UserError if it holds samples of another record, or another process is writing to it.
         """
-        with self._explained():
+        with self._writing():
             self._compare()
             self._done = self._index.exists() and self._product.exists()
             if self._done:
@@ -92,8 +92,7 @@ class SampleFolder:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise UserError(f"another process is drawing samples into {self.path}") from error
-            with self._whole(self._parts / "plan.json") as file:
-                file.write(_json(self._record))
+            write_json(self._parts / "plan.json", self._record)
             if self._png:
                 self._product.mkdir(exist_ok=True)
             with ThreadPoolExecutor(PNG_THREADS) as pool:
@@ -111,9 +110,9 @@ class SampleFolder:
         """Keeps a batch, of which the rows that are not asked for are left out."""
         own = self.own(start)
         images = images_BHWC[own.start - start : own.stop - start]
-        with self._explained():
+        with self._writing():
             if not self._png:
-                with self._whole(self._part(start)) as file:
+                with whole(self._part(start)) as file:
                     np.save(file, images)
                 return
             if images.shape[-1] not in (1, 3):
@@ -125,16 +124,15 @@ class SampleFolder:
         """Makes the files out of the batches, which are all there; calls `check`, which may raise, now and then."""
         if self._done:
             return
-        with self._explained():
+        with self._writing():
             if self._png:
                 lines = zip(self.indices, label_N, strict=True)
-                with self._whole(self.path / "labels.txt") as file:
-                    file.write("".join(f"{_png_name(index)} {label}\n" for index, label in lines).encode())
+                text = "".join(f"{_png_name(index)} {label}\n" for index, label in lines)
+                write_whole(self.path / "labels.txt", text.encode())
             else:
                 self._write_npz(label_N, check)
             save_grid(self._first(100), self.path / "grid.png")
-            with self._whole(self._index) as file:
-                file.write(_json(self._record))
+            write_json(self._index, self._record)
             self._lock.close()
             shutil.rmtree(self._parts)
 
@@ -144,11 +142,8 @@ class SampleFolder:
         paths = [self._parts / "plan.json", *(self.path / f"{kind}.json" for kind in ("samples", "latents"))]
         records = [path for path in paths if path.exists()]
         for path in records:
-            try:
-                found = json.loads(path.read_text())
-                flat = self._flat(found)
-            except ValueError as error:
-                raise UserError(f"{path} is no record of samples: {error}; use another --output") from error
+            found = read_json(path, UserError, ending="; use another --output")
+            flat = self._flat(found)
             keys = [key for key in sorted(own.keys() | flat.keys()) if own.get(key) != flat.get(key)]
             if keys:
                 words = ", ".join(f"{key} {flat.get(key)!r:.60} instead of {own.get(key)!r:.60}" for key in keys[:5])
@@ -160,8 +155,6 @@ class SampleFolder:
             raise UserError(f"{self.path} holds {unknown[0]}, and no record of how it was made; use another --output")
 
     def _flat(self, record: dict[str, Any]) -> dict[str, Any]:
-        if not isinstance(record, dict):
-            raise ValueError("it is not an object")
         flat = flax.traverse_util.flatten_dict(record, sep="/")
         return {key: value for key, value in flat.items() if key.rpartition("/")[2] not in _NOT_IDENTITY}
 
@@ -191,7 +184,7 @@ class SampleFolder:
         return np.concatenate(parts)[:count]
 
     def _write_png(self, index: int, image_HWC: np.ndarray) -> None:
-        with self._whole(self._product / _png_name(index)) as file:
+        with whole(self._product / _png_name(index), self._parts) as file:
             Image.fromarray(image_HWC.squeeze(-1) if image_HWC.shape[-1] == 1 else image_HWC).save(file, "png")
 
     def _write_npz(self, label_N: np.ndarray, check: Callable[[], None]) -> None:
@@ -204,26 +197,12 @@ class SampleFolder:
 
         first = np.load(self._part(self.starts[0]), mmap_mode="r", allow_pickle=False)
         shape = (len(self.indices), *first.shape[1:])
-        with self._whole(self._product) as file, zipfile.ZipFile(file, "w") as archive:
+        with whole(self._product, self._parts) as file, zipfile.ZipFile(file, "w") as archive:
             _write_array(archive, "arr_0", shape, first.dtype, batches())
             _write_array(archive, "arr_1", label_N.shape, label_N.dtype, [label_N])
 
-    @contextmanager
-    def _whole(self, path: Path) -> Iterator[IO[bytes]]:
-        """A file that is at `path`, on the disk, when it is complete, and not before."""
-        temporary = self._parts / f"{path.name}.tmp"
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f"--output={self.path} could not be written: {error}; what is finished is kept") from error
+    def _writing(self) -> AbstractContextManager[None]:
+        return explained(f"--output={self.path}", UserError, ending="; what is finished is kept")
 
 
 def _png_name(index: int) -> str:
@@ -240,10 +219,6 @@ def _is_whole_png(path: Path) -> bool:
     except (OSError, SyntaxError, ValueError):
         return False
     return content.endswith(_PNG_END)
-
-
-def _json(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, indent=1).encode()
 
 
 def _write_array(

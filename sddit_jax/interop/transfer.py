@@ -1,13 +1,12 @@
 """Weights of runs into files of PyTorch, and files into new runs."""
 
 import dataclasses
-import hashlib
 import json
 import logging
 import shutil
 import time
 from collections.abc import Mapping
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import safetensors.numpy
 from sddit_jax.config import border
 from sddit_jax.config.schema import Config, Parallel
 from sddit_jax.errors import CheckpointError, ConfigError, UserError, WeightsError
+from sddit_jax.files import explained, json_object, sha256_of, whole
 from sddit_jax.interop.layouts import DIT, MASKDIT, OWN, Layout, few, fit, homeless, shapes_of
 from sddit_jax.interop.state_dict import from_state_dict, places, to_state_dict
 from sddit_jax.method.state import make_parts
@@ -55,27 +55,18 @@ def export(layout: Layout, workdir: Path, output: Path, weights: str | None, ste
     for name, tree in trees.items():
         arrays = to_state_dict(tree, network)
         files[name] = {key: entry.to_file(arrays) for key, entry in entries.items()}
-    temporary = output.with_name(f".{output.name}.tmp")
-    try:
+    # The two writers have errors of their own for a full disk.
+    with explained(f"--output={output}", UserError, RuntimeError, safetensors.SafetensorError):
         output.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        if layout is OWN:
-            # The whole configuration, so that pytorch.py needs no defaults of its own.
-            record = {"config": border.to_dict(config), "codec": meta["codec"]}
-            metadata = {"format": "pt", "weights": weights, "step": str(meta["step"])}
-            metadata |= {key: json.dumps(value) for key, value in record.items()}
-            safetensors.numpy.save_file(next(iter(files.values())), temporary, metadata=metadata)
-            temporary.chmod(mode)  # safetensors' own files are for their owner alone
-        else:
-            _save_torch(temporary, files, layout.prefix)
-        temporary.replace(output)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        # The two writers have errors of their own for a full disk.
-        raise UserError(f"--output={output} could not be written: {error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+        with whole(output) as file:
+            if layout is OWN:
+                # The whole configuration, so that pytorch.py needs no defaults of its own.
+                record = {"config": border.to_dict(config), "codec": meta["codec"]}
+                metadata = {"format": "pt", "weights": weights, "step": str(meta["step"])}
+                metadata |= {key: json.dumps(value) for key, value in record.items()}
+                safetensors.numpy.save_file(next(iter(files.values())), file.name, metadata=metadata)
+            else:
+                _save_torch(file.name, files, layout.prefix)
     log.info("%s of step %d in %s: %d tensors each", " and ".join(files), meta["step"], output, len(entries))
 
 
@@ -112,7 +103,7 @@ def import_(layout: Layout, file: Path, workdir: Path, config: Any = None, parti
             arrays = fresh | arrays
         return from_state_dict(arrays, network)
 
-    source = {"file": file.name, "sha256": _sha256(file), "layout": layout.name}
+    source = {"file": file.name, "sha256": sha256_of(file), "layout": layout.name}
     _write_run(workdir, config, tree(params), None if ema == params else tree(ema), source)
     log.info("%s is in %s, as a run at step 0", file.name, workdir)
 
@@ -121,10 +112,7 @@ def _own_config(file: Path, metadata: Mapping[str, str]) -> Config:
     if "config" not in metadata:
         raise WeightsError(f"{file} has no configuration in its metadata; --config must say which network this is")
     try:
-        values = json.loads(metadata["config"])
-        if not isinstance(values, dict):
-            raise WeightsError(f"{file}: the configuration in its metadata is a {type(values).__name__}, not an object")
-        return border.resolve(values)
+        return border.resolve(json_object(metadata["config"]))
     except ValueError as error:
         raise WeightsError(f"{file}: the configuration in its metadata is no JSON: {error}") from error
     except ConfigError as error:
@@ -170,21 +158,22 @@ def _write_run(workdir: Path, config: Config, params: Any, ema: Any, source: Map
     state = jax.jit(parts.state_from, out_shardings=layout)(params, ema)
     meta = {"config": border.to_dict(config), "codec": parts.codec.record(), "imported": dict(source)}
     temporary = workdir.with_name(f".{workdir.name}.tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        write_config(temporary, config)
-        with closing(Checkpointer(temporary / CHECKPOINTS)) as checkpointer:
-            checkpointer.save(0, state, meta)
-        temporary.replace(workdir)
-    except (OSError, CheckpointError) as error:
-        # TensorStore's own threads cannot be joined: what they still write makes the folder again.
-        for _ in range(50):
+    with explained(f"--workdir={workdir}", CheckpointError, CheckpointError):
+        try:
             shutil.rmtree(temporary, ignore_errors=True)
-            time.sleep(0.2)
-            if not temporary.exists():
-                break
-        raise CheckpointError(f"--workdir={workdir} could not be written: {error}") from error
+            temporary.mkdir(parents=True)
+            write_config(temporary, config)
+            with closing(Checkpointer(temporary / CHECKPOINTS)) as checkpointer:
+                checkpointer.save(0, state, meta)
+            temporary.replace(workdir)
+        except BaseException:
+            # TensorStore's own threads cannot be joined: what they still write makes the folder again.
+            for _ in range(50):
+                shutil.rmtree(temporary, ignore_errors=True)
+                time.sleep(0.2)
+                if not temporary.exists():
+                    break
+            raise
 
 
 def _mesh() -> jax.sharding.Mesh:
@@ -203,15 +192,10 @@ def _with_null_row(config: Config, trees: dict[str, Any]) -> tuple[Config, dict[
     return config, {name: with_row(tree) for name, tree in trees.items()}
 
 
-def _save_torch(path: Path, files: Mapping[str, Mapping[str, np.ndarray]], prefix: str) -> None:
+def _save_torch(path: str, files: Mapping[str, Mapping[str, np.ndarray]], prefix: str) -> None:
     torch = import_torch()
     content = {
         name: {prefix + key: torch.from_numpy(np.require(array, requirements="W")) for key, array in arrays.items()}
         for name, arrays in files.items()
     }
     torch.save(content if len(content) > 1 or prefix else next(iter(content.values())), path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,7 +9,6 @@ digests cover the values, from the devices that saved them to the devices they a
 """
 
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -28,6 +27,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from sddit_jax.errors import CheckpointError
+from sddit_jax.files import sha256_of, write_whole
 from sddit_jax.parallel.sharding import path_name
 
 log = logging.getLogger("sddit_jax")
@@ -289,7 +289,7 @@ class Checkpointer:
         temporary = list(self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
         folder = temporary[0] if temporary else self._path(self._saving)
         names = _files(folder) - _COMMIT_FILES
-        (folder / MANIFEST).write_text(_lines(_hashes(folder, names)))
+        write_whole(folder / MANIFEST, _lines(_hashes(folder, names)).encode())
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -377,15 +377,9 @@ def _files(folder: epath.Path) -> set[str]:
 
 
 def _hashes(folder: epath.Path, names: set[str]) -> dict[str, str]:
-    def sha256(name: str) -> str:
-        hashed = hashlib.sha256()
-        with (folder / name).open("rb") as file:
-            while block := file.read(1 << 22):
-                hashed.update(block)
-        return hashed.hexdigest()
-
     with ThreadPoolExecutor() as pool:
-        return dict(zip(sorted(names), pool.map(sha256, sorted(names)), strict=True))
+        hashes = pool.map(lambda name: sha256_of(folder / name), sorted(names))
+        return dict(zip(sorted(names), hashes, strict=True))
 
 
 def _lines(hashes: Mapping[str, str]) -> str:
@@ -394,9 +388,8 @@ def _lines(hashes: Mapping[str, str]) -> str:
 
 def _complete_manifest(folder: epath.Path) -> None:
     """Adds the files of the commit; a process killed before that leaves a manifest without them."""
-    hidden = folder / f".{MANIFEST}"
-    hidden.write_text((folder / MANIFEST).read_text() + _lines(_hashes(folder, _COMMIT_FILES)))
-    hidden.replace(folder / MANIFEST)
+    text = (folder / MANIFEST).read_text() + _lines(_hashes(folder, _COMMIT_FILES))
+    write_whole(folder / MANIFEST, text.encode())
 
 
 def _fault(folder: epath.Path, items: set[str]) -> str:

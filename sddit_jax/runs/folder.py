@@ -1,6 +1,5 @@
 """A run's folder as others read it: its configuration and its newest checkpoint."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import jax
 from sddit_jax.config import border
 from sddit_jax.config.schema import Config
 from sddit_jax.errors import CheckpointError, ConfigError
+from sddit_jax.files import read_json, write_json
 from sddit_jax.method.codec import check_codec
 from sddit_jax.method.state import Parts, State, make_parts
 from sddit_jax.models.transformer import Network
@@ -23,17 +23,15 @@ CHECKPOINTS = "checkpoints"
 
 def write_config(workdir: Path, config: Config) -> None:
     """Writes WORKDIR/config.json, whole or not at all."""
-    temporary = workdir / f"{CONFIG}.tmp"
-    temporary.write_text(json.dumps(border.to_dict(config), indent=2))
-    temporary.replace(workdir / CONFIG)
+    write_json(workdir / CONFIG, border.to_dict(config))
 
 
 def read_config(workdir: Path) -> Config:
     """What `write_config` wrote. Raises CheckpointError if it cannot be read."""
     path = workdir / CONFIG
     try:
-        return border.resolve(json.loads(path.read_text()))
-    except (OSError, ValueError, ConfigError) as error:
+        return border.resolve(read_json(path, CheckpointError, ending="; use another --workdir"))
+    except (ValueError, ConfigError) as error:
         raise CheckpointError(f"{path} is not the config of a run: {error}; use another --workdir") from error
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sddit_jax.errors import UserError
+from sddit_jax.files import whole, write_whole
 from sddit_jax.runs import pictures
 
 
@@ -108,12 +109,7 @@ def _cut(path: Path, restored_step: int | None, repeated: Callable[[str], bool])
     kept = [line for line, row in rows if row is not None and not _comes_again(row, restored_step, repeated)]
     if kept == lines:
         return
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_whole(path, b"".join(kept))
 
 
 def _tensorboard(folder: Path, restored_step: int | None) -> Any | None:
@@ -208,4 +204,6 @@ def _scale(images_BHWC: np.ndarray) -> int:
 
 def _save(canvas_HWC: np.ndarray, path: Path, **options: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(canvas_HWC.squeeze(-1) if canvas_HWC.shape[-1] == 1 else canvas_HWC).save(path, **options)
+    image = Image.fromarray(canvas_HWC.squeeze(-1) if canvas_HWC.shape[-1] == 1 else canvas_HWC)
+    with whole(path) as file:
+        image.save(file, "png", **options)

@@ -1,7 +1,6 @@
 """Weights of autoencoders, from the files that diffusers and CompVis (Stable Diffusion, U-ViT, MaskDiT) publish."""
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -11,6 +10,7 @@ from typing import Any
 import jax
 
 from sddit_jax.errors import ConfigError, WeightsError
+from sddit_jax.files import read_json
 from sddit_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from sddit_jax.models.tiny_autoencoder import TinyAutoencoder, TinyAutoencoderConfig
 from sddit_jax.weights.files import SUFFIXES, Tensor, fill, open_tensors
@@ -151,13 +151,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{path}: {CONFIG} is not beside it, which a file of diffusers needs, and its tensors are not called as "
             "CompVis calls an autoencoder's"
         )
-    try:
-        raw = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise WeightsError(f"{file} holds a {type(raw).__name__}; it should hold an object")
-    return raw
+    return read_json(file, WeightsError)
 
 
 def _fetch(source: str) -> Path:

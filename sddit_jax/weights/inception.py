@@ -5,7 +5,6 @@ toshas/torch-fidelity: pt_inception-2015-12-05-6726825d.pth and weights-inceptio
 from TensorFlow's graph. It has to be fetched by hand, once.
 """
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ import jax
 import numpy as np
 
 from sddit_jax.errors import WeightsError
+from sddit_jax.files import sha256_of
 from sddit_jax.models.inception import SIDE, Inception
 from sddit_jax.weights.files import fill, open_tensors
 
@@ -76,6 +76,5 @@ def load_inception(path: str | os.PathLike[str]) -> InceptionWeights:
         scale = weight / np.sqrt(variance + _EPSILON)
         params[f"{layer}/kernel"] = (found[f"{layer}/conv/kernel"] * scale).astype(np.float32)
         params[f"{layer}/bias"] = (bias - mean * scale).astype(np.float32)
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = sha256_of(path)
     return InceptionWeights(flax.traverse_util.unflatten_dict(params, sep="/"), sha256, sha256.startswith(PUBLISHED))

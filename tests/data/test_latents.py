@@ -273,7 +273,7 @@ class TestSource:
     def test_a_damaged_description_is_an_error(self, copy, old, new):
         path = copy / "latents.json"
         path.write_text(path.read_text().replace(old, new))
-        with pytest.raises(DataError, match=r"latents\.json is damaged|has the format 2"):
+        with pytest.raises(DataError, match=r"latents\.json (is damaged|cannot be read as JSON)|has the format 2"):
             open_latents(copy)
 
     def test_a_description_that_is_no_object_is_an_error(self, copy):

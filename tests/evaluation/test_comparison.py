@@ -293,8 +293,8 @@ def test_the_record_has_every_condition(reference, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[1]", "holds a list"),
-        ("null", "holds a NoneType"),
+        ("[1]", "cannot be read as JSON: it holds a list"),
+        ("null", "cannot be read as JSON: it holds a NoneType"),
         ("{", "cannot be read as JSON"),
         ("[" * 100_000, "cannot be read as JSON"),
         ('{"sampler": "ddim"}', "sampler is 'ddim'; it should be an object"),
