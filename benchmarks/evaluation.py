@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from sddit_jax import cli
-from sddit_jax.config.schema import Parallel
+from sddit_jax.config.schema import ParallelConfig
 from sddit_jax.evaluation import metrics
 from sddit_jax.evaluation.comparison import NEIGHBOURS, SPLIT_SIZE, SUBSET_SIZE, SUBSETS
 from sddit_jax.evaluation.feature_spaces import Features, FeatureSpace, Measured, measure, on_devices, pixels_space
@@ -55,7 +55,7 @@ def make_space() -> FeatureSpace:
     """The features that the flag names."""
     if FEATURES.value == "pixels":
         return pixels_space()
-    mesh = sharding.make_mesh(Parallel())
+    mesh = sharding.make_mesh(ParallelConfig())
     if FEATURES.value == "inception":
         images = np.zeros((1, inception.SIDE, inception.SIDE, 3), np.float32)
         params = jax.jit(inception.Inception().init)(jax.random.key(0), images)["params"]

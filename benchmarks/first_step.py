@@ -19,7 +19,7 @@ import models
 from absl import flags
 
 from sddit_jax import cli
-from sddit_jax.method.state import make_parts
+from sddit_jax.config.parts import make_parts
 from sddit_jax.method.train_step import make_train_step
 from sddit_jax.parallel import cpu
 

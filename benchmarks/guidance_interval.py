@@ -18,8 +18,8 @@ from ml_collections import config_flags
 
 from sddit_jax.config import schema
 from sddit_jax.config.border import resolve
+from sddit_jax.config.parts import make_parts
 from sddit_jax.errors import UserError
-from sddit_jax.method.state import make_parts
 from sddit_jax.sampling.sampler import make_sample, schedule
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config, as for main.", lock_config=True)
@@ -57,7 +57,7 @@ def main() -> None:
     index_B = jnp.arange(BATCH_SIZE.value)
     arguments = params, jnp.int32(0), index_B, index_B % max(config.model.num_classes, 1)
 
-    def way(sampling: schema.Sampling) -> Callable[[], jax.Array]:
+    def way(sampling: schema.SamplingConfig) -> Callable[[], jax.Array]:
         sample = jax.jit(make_sample(parts.network, parts.diffusion, parts.codec, sampling))
         return lambda: sample(*arguments)
 

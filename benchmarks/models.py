@@ -9,10 +9,10 @@ import jax
 import numpy as np
 from absl import flags
 
-from sddit_jax.config import schema
 from sddit_jax.config.border import resolve
-from sddit_jax.config.recipes import imagenet
-from sddit_jax.method.state import make_parts
+from sddit_jax.config.parts import make_parts
+from sddit_jax.config.presets import imagenet
+from sddit_jax.config.schema import Config
 from sddit_jax.method.train_step import make_train_step
 
 DIGITS = Path(__file__).parents[1] / "configs" / "digits.py"
@@ -24,7 +24,7 @@ def fastest() -> dict[str, Any]:
     return {"model.scan": False, "model.remat": "none"} if jax.default_backend() == "cpu" else {}
 
 
-def configuration(model: str, method: str, changes: dict | None = None) -> schema.Config:
+def configuration(model: str, method: str, changes: dict | None = None) -> Config:
     """`digits`, or a size of latents of 256 pixels such as S/2; in float32 on CPUs, elsewhere in bfloat16."""
     if model == "digits":
         config = runpy.run_path(str(DIGITS))["get_config"](method)
@@ -38,7 +38,7 @@ def configuration(model: str, method: str, changes: dict | None = None) -> schem
     return resolve(config)
 
 
-def random_batch(config: schema.Config) -> dict[str, jax.Array]:
+def random_batch(config: Config) -> dict[str, jax.Array]:
     """As the loader gives it."""
     m, rng = config.model, np.random.default_rng(0)
     shape = (config.batch_size, m.image_size, m.image_size, m.channels)
@@ -49,7 +49,7 @@ def random_batch(config: schema.Config) -> dict[str, jax.Array]:
     return jax.device_put({"moments": moments, "label": label_B})
 
 
-def train_step(config: schema.Config, batch: dict[str, jax.Array]) -> Callable[[], Any]:
+def train_step(config: Config, batch: dict[str, jax.Array]) -> Callable[[], Any]:
     """A step as train.py jits it on one device, to be called again and again."""
     parts = make_parts(config)
     step = jax.jit(make_train_step(parts), donate_argnums=0)

@@ -27,13 +27,15 @@ import torch
 from absl import flags
 
 from sddit_jax import cli
-from sddit_jax.config.border import default_config, resolve, to_dict
-from sddit_jax.config.sizes import decode
+from sddit_jax.config.border import resolve, to_dict
+from sddit_jax.config.parts import make_parts
+from sddit_jax.config.presets import default_config
+from sddit_jax.config.sizes import parse
 from sddit_jax.errors import UserError
 from sddit_jax.interop import pytorch
 from sddit_jax.interop.layouts import DIT, MASKDIT, Layout
 from sddit_jax.interop.state_dict import to_state_dict
-from sddit_jax.method.state import Parts, make_parts
+from sddit_jax.method.state import Parts
 from sddit_jax.method.train_step import gradients_of
 from sddit_jax.models.masking import sample_mask
 from sddit_jax.sampling.guidance import make_denoise, make_output
@@ -56,9 +58,10 @@ class Case:
 
     def __init__(self, layout: Layout, method: str, size: str, image_size: int, changes: dict) -> None:
         config = default_config(method)
-        config.model.update(decode(size) | {"image_size": image_size})
+        config.model.update(parse(size) | {"image_size": image_size})
         config.update_from_flattened_dict(changes)
-        self.parts: Parts = make_parts(resolve(config))
+        self.config = resolve(config)
+        self.parts: Parts = make_parts(self.config)
         network, rng = self.parts.network, np.random.default_rng(SEED.value)
         shapes = jax.eval_shape(network.init, jax.random.key(0))
         self.params = jax.tree.map(lambda leaf: 0.05 * rng.standard_normal(leaf.shape, np.float32), shapes)
@@ -67,7 +70,7 @@ class Case:
         self.theirs = {
             layout.prefix + name: torch.from_numpy(entry.to_file(arrays)) for name, entry in self.entries.items()
         }
-        namespaces = json.dumps(to_dict(self.parts.config))
+        namespaces = json.dumps(to_dict(self.config))
         self.twin = pytorch.SDDiT(json.loads(namespaces, object_hook=lambda section: SimpleNamespace(**section)))
         # The large models fit into memory if all share their weights.
         self.twin.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()}, assign=True)
@@ -112,9 +115,9 @@ def masked(
 ) -> Row:
     """Differences in training mode: the same noise, mask and labels."""
     network = case.parts.network
-    mask = sample_mask(jax.random.key(SEED.value), 2, network.tokens, case.parts.config.masking.ratio)
+    mask = sample_mask(jax.random.key(SEED.value), 2, network.model.tokens, case.parts.mask_ratio)
     order_BN = np.concatenate([mask.visible_BV, mask.hidden_BM], axis=1)
-    rank_BN = torch.tensor(np.argsort(order_BN, axis=1) / network.tokens, dtype=torch.float32)
+    rank_BN = torch.tensor(np.argsort(order_BN, axis=1) / network.model.tokens, dtype=torch.float32)
     log_sigma = torch.tensor((np.log(sigma_B) + 1.2) / 1.2, dtype=torch.float32).view(2, 1, 1, 1)
     eps = channels_first(case.eps_BHWC)
     theirs.train()

@@ -21,10 +21,10 @@ import torch
 from absl import flags
 from twin import make_twin
 
-from sddit_jax.config import schema
+from sddit_jax.config.parts import make_parts
+from sddit_jax.config.schema import Config
 from sddit_jax.cost import flops
 from sddit_jax.interop import pytorch
-from sddit_jax.method.state import make_parts
 from sddit_jax.sampling.sampler import make_sample
 
 MODELS = flags.DEFINE_list("models", ["digits", "S/2"], "digits, or sizes of latents of 256 pixels.")
@@ -33,7 +33,7 @@ STEPS = flags.DEFINE_integer("steps", 18, "Noise levels.", lower_bound=1)
 COMPILED = flags.DEFINE_bool("compiled", True, "torch.compile too.")
 
 
-def sampling_config(model: str) -> schema.Config:
+def sampling_config(model: str) -> Config:
     """SD-DiT of a size, sampled with guidance."""
     config = models.configuration(model, "sd_dit")
     return dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, steps=STEPS.value, guidance=1.5))

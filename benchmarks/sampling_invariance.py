@@ -15,9 +15,9 @@ from absl import flags
 
 from sddit_jax import cli
 from sddit_jax.config.border import resolve
-from sddit_jax.config.schema import Parallel
+from sddit_jax.config.parts import make_parts
+from sddit_jax.config.schema import ParallelConfig
 from sddit_jax.errors import UserError
-from sddit_jax.method.state import make_parts
 from sddit_jax.parallel import sharding
 from sddit_jax.runs.folder import open_checkpoints
 from sddit_jax.sampling.sampler import balanced_labels, make_generate, make_sample
@@ -31,7 +31,7 @@ def draw(ema: dict, settings: dict, dtype: str, devices: int, batch_size: int) -
     """The images, int32."""
     config = resolve({**settings, "model": {**settings["model"], "dtype": dtype}})
     parts = make_parts(config)
-    mesh = sharding.make_mesh(Parallel(), jax.devices()[:devices])
+    mesh = sharding.make_mesh(ParallelConfig(), jax.devices()[:devices])
     sample = make_sample(parts.network, parts.diffusion, parts.codec, config.sampling)
     params = jax.device_put(ema["default"], sharding.replicated(mesh))
     labels = balanced_labels(NUM_SAMPLES.value, config.model.num_classes)

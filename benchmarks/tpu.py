@@ -20,7 +20,7 @@ from absl import flags
 
 from sddit_jax import cli
 from sddit_jax.config.border import resolve
-from sddit_jax.config.recipes import imagenet
+from sddit_jax.config.presets import imagenet
 from sddit_jax.cost import aot
 
 TABLE = flags.DEFINE_enum("table", "scaling", ["scaling", "memory", "methods", "prototypes"], "Which table.")

@@ -24,9 +24,9 @@ import torch
 from absl import flags
 from twin import make_teacher, make_twin, to_torch
 
+from sddit_jax.config.parts import make_parts
 from sddit_jax.cost import flops
 from sddit_jax.interop import pytorch
-from sddit_jax.method.state import make_parts
 from sddit_jax.models.masking import visible_count
 
 MODELS = flags.DEFINE_list("models", ["digits", "S/2", "B/4"], "digits, or sizes of latents of 256 pixels.")
@@ -42,8 +42,10 @@ def torch_step(model: str, method: str, compiled: bool, device: str) -> Callable
     batch = models.random_batch(config)
     parts = make_parts(config)
     state = jax.jit(parts.init_state)(jax.random.key(0))
-    network, ema = (make_twin(config, state["params"]).to(device) for _ in range(2))
-    pairs = [(list(ema.parameters()), list(network.parameters()), 1 - config.ema.decay)]
+    network = make_twin(config, state["params"]).to(device)
+    ema = make_twin(config, state["params"]["network"]).to(device)
+    trained = [*network.encoder.parameters(), *network.decoder.parameters()]
+    pairs = [(list(ema.parameters()), trained, 1 - config.ema.decay)]
     teacher, d = None, config.objectives.discrimination
     if d.weight:
         teacher = make_teacher(config, state["params"], state["aux"]["discrimination"])
@@ -53,13 +55,13 @@ def torch_step(model: str, method: str, compiled: bool, device: str) -> Callable
         for name in ("encoder", "head"):
             own, students = (list(getattr(x, name).parameters()) for x in (teacher, network))
             pairs.append((own, students, 1 - d.teacher_momentum[0]))
-    o, diffusion = config.optimizer, config.diffusion
+    o, diffusion = config.optimizer, config.diffusion.edm
     optimizer = torch.optim.AdamW(
         network.parameters(), o.learning_rate, (o.b1, o.b2), o.eps, o.weight_decay, fused=True
     )
     clean = to_torch(jax.device_get(parts.codec.clean(batch, jax.random.key(0)))).to(device)
     label_B = to_torch(batch["label"]).to(device)
-    tokens = parts.network.tokens
+    tokens = parts.network.model.tokens
     visible = visible_count(tokens, config.masking.ratio)
 
     def total(x0: torch.Tensor, eps: torch.Tensor, sigma: torch.Tensor, label: torch.Tensor, mask: Any) -> torch.Tensor:

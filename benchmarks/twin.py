@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from sddit_jax.config import schema
 from sddit_jax.config.border import to_dict
+from sddit_jax.config.parts import make_network
+from sddit_jax.config.schema import Config
 from sddit_jax.interop import pytorch
 from sddit_jax.interop.state_dict import to_state_dict
-from sddit_jax.models.transformer import Network
 
 
-def namespaces(config: schema.Config) -> SimpleNamespace:
+def namespaces(config: Config) -> SimpleNamespace:
     """A config as the PyTorch network takes it."""
     return json.loads(json.dumps(to_dict(config)), object_hook=lambda section: SimpleNamespace(**section))
 
@@ -32,17 +32,29 @@ def to_numpy(x: torch.Tensor) -> np.ndarray:
     return x.detach().numpy().transpose(0, 2, 3, 1)
 
 
-def make_twin(config: schema.Config, params: Any) -> pytorch.SDDiT:
-    """The PyTorch network with our parameters, in their dtype."""
-    twin = pytorch.SDDiT(namespaces(config))
-    arrays = {name: torch.from_numpy(np.array(a)) for name, a in to_state_dict(params, Network(config)).items()}
+def make_twin(config: Config, params: Any) -> pytorch.SDDiT:
+    """The PyTorch network with our parameters, in their dtype.
+
+    params: the network's, or those of a train state, from which the head of the discrimination is taken too.
+    """
+    arrays = {name: torch.from_numpy(np.array(a)) for name, a in twin_arrays(config, params).items()}
+    twin = pytorch.SDDiT(namespaces(config), head="head.prototypes" in arrays)
     twin.to(next(iter(arrays.values())).dtype).load_state_dict(arrays)
     return twin
 
 
-def make_teacher(config: schema.Config, params: Any, aux: Any) -> pytorch.Teacher:
+def twin_arrays(config: Config, params: Any) -> dict[str, np.ndarray]:
+    """The parameters of the network, or of a train state with those of the discrimination, under PyTorch's names."""
+    whole = params if "network" in params else {"network": params}
+    head = _flat_head(whole.get("discrimination", {}))
+    return to_state_dict(whole["network"], make_network(config)) | head
+
+
+def make_teacher(config: Config, params: Any, aux: Any) -> pytorch.Teacher:
     """The PyTorch teacher of the state of the discrimination (teacher "own"), at the schedule's first temperature."""
-    whole = make_twin(config, {**params, **aux["teacher"]}).requires_grad_(False)
+    teacher = aux["teacher"]
+    network = {**params["network"], "encoder": teacher["encoder"]}
+    whole = make_twin(config, {"network": network, "discrimination": teacher["head"]}).requires_grad_(False)
     d = config.objectives.discrimination
     scale = {kind: float(np.sqrt(v + 1e-8)) if d.standardise else 1.0 for kind, v in aux["variance"].items()}
     return pytorch.Teacher(
@@ -51,3 +63,15 @@ def make_teacher(config: schema.Config, params: Any, aux: Any) -> pytorch.Teache
         center={kind: to_torch(center) for kind, center in aux["center"].items()},
         temperature={kind: d.teacher_temperature[0] * scale[kind] for kind in aux["center"]},
     )
+
+
+def _flat_head(params: Any) -> dict[str, np.ndarray]:
+    """The head's parameters under the names of the PyTorch head, kernels as [out, in]."""
+    arrays = {}
+    for name, leaf in params.items():
+        if name == "prototypes":
+            arrays["head.prototypes"] = np.asarray(leaf)
+        else:
+            arrays[f"head.{name}.weight"] = np.asarray(leaf["kernel"]).T
+            arrays[f"head.{name}.bias"] = np.asarray(leaf["bias"])
+    return arrays

@@ -12,7 +12,7 @@ An argument chooses another method: --config=configs/cifar10.py:maskdit (sd_dit,
 import ml_collections
 
 from sddit_jax.config import sizes
-from sddit_jax.config.border import CONDITION_CENTERING, default_config
+from sddit_jax.config.presets import CONDITION_CENTERING, default_config
 
 
 def get_config(method: str = "sd_dit") -> ml_collections.ConfigDict:
@@ -21,7 +21,7 @@ def get_config(method: str = "sd_dit") -> ml_collections.ConfigDict:
         config.steps = 200_000
         config.batch_size = 256
 
-        config.model.update(sizes.decode("S/2"))
+        config.model.update(sizes.parse("S/2"))
         config.model.image_size = 32
         config.model.channels = 3
         config.model.num_classes = 10

@@ -7,7 +7,7 @@ An argument chooses another method: --config=configs/digits.py:maskdit (sd_dit, 
 
 import ml_collections
 
-from sddit_jax.config.border import CONDITION_CENTERING, default_config
+from sddit_jax.config.presets import CONDITION_CENTERING, default_config
 
 
 def get_config(method: str = "sd_dit") -> ml_collections.ConfigDict:
@@ -33,8 +33,8 @@ def get_config(method: str = "sd_dit") -> ml_collections.ConfigDict:
         config.codec.scale = (0.665,)
 
         # Digits have 17 grey levels, 0.08 apart here: training at noise levels far below that is lost on them.
-        config.diffusion.log_sigma_mean = -0.8
-        config.diffusion.log_sigma_std = 1.0
+        config.diffusion.edm.log_sigma_mean = -0.8
+        config.diffusion.edm.log_sigma_std = 1.0
 
         config.update_from_flattened_dict(CONDITION_CENTERING)
         discrimination = config.objectives.discrimination

@@ -10,7 +10,7 @@ latents.
 import ml_collections
 
 from sddit_jax.config import sizes
-from sddit_jax.config.border import CONDITION_CENTERING, default_config
+from sddit_jax.config.presets import CONDITION_CENTERING, default_config
 from sddit_jax.data.sources import open_source
 
 
@@ -19,7 +19,7 @@ def get_config(path: str = "") -> ml_collections.ConfigDict:
     with config.unlocked():
         config.steps = 200_000
         config.batch_size = 128
-        config.model.update(sizes.decode("S/4"))
+        config.model.update(sizes.parse("S/4"))
         config.model.image_size = 64
         config.model.channels = 3
         config.model.dtype = "bfloat16"

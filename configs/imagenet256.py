@@ -17,7 +17,7 @@ default; beyond 16, copies of 16 shards send less: --config.parallel.data=4 --co
 
 import ml_collections
 
-from sddit_jax.config.recipes import imagenet
+from sddit_jax.config.presets import imagenet
 
 
 def get_config(arguments: str = "") -> ml_collections.ConfigDict:

@@ -16,7 +16,7 @@ On 64 chips of TPU v5e the step takes 3.5 GiB of a chip's 15.75; with model.rema
 
 import ml_collections
 
-from sddit_jax.config.recipes import imagenet
+from sddit_jax.config.presets import imagenet
 
 
 def get_config(arguments: str = "") -> ml_collections.ConfigDict:

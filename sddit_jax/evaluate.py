@@ -17,7 +17,7 @@ import jax
 from absl import flags
 
 from sddit_jax import cli, process_flags
-from sddit_jax.config.schema import Parallel
+from sddit_jax.config.schema import ParallelConfig
 from sddit_jax.data.sources import open_source
 from sddit_jax.errors import UserError
 from sddit_jax.evaluation.comparison import (
@@ -66,7 +66,7 @@ def main() -> None:
     if unknown := set(CHOSEN.value) - set(METRICS):
         raise UserError(f"--metrics has {', '.join(sorted(unknown))}; there are {', '.join(METRICS)}")
     process_flags.start_processes()
-    mesh = sharding.make_mesh(Parallel())
+    mesh = sharding.make_mesh(ParallelConfig())
     if all(writing):
         images = _source()
         space = open_space(FEATURES.value, INCEPTION.value, mesh, BATCH_SIZE.value)

@@ -14,7 +14,7 @@ import jax
 from absl import flags
 
 from sddit_jax import cli
-from sddit_jax.config.schema import Parallel
+from sddit_jax.config.schema import ParallelConfig
 from sddit_jax.data.preparation import make_encode, make_plan, prepare
 from sddit_jax.data.sources import open_source
 from sddit_jax.errors import UserError
@@ -62,7 +62,7 @@ def main() -> None:
     plan = make_plan(
         source, SPLIT.value, autoencoder, params, batch_size=BATCH_SIZE.value, records_per_shard=RECORDS.value
     )
-    mesh = sharding.make_mesh(Parallel(), jax.local_devices())
+    mesh = sharding.make_mesh(ParallelConfig(), jax.local_devices())
     sharding.check_batch(mesh, BATCH_SIZE.value, 1)
     prepare(
         source,

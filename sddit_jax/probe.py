@@ -14,7 +14,8 @@ import numpy as np
 from absl import flags
 
 from sddit_jax import cli, process_flags
-from sddit_jax.config.schema import Parallel
+from sddit_jax.config.parts import make_parts
+from sddit_jax.config.schema import ParallelConfig
 from sddit_jax.errors import UserError
 from sddit_jax.evaluation.metrics import PROBE_L2
 from sddit_jax.evaluation.representation import (
@@ -34,8 +35,8 @@ from sddit_jax.evaluation.representation import (
 from sddit_jax.files import check_output, explained, write_json
 from sddit_jax.generation.autoencoder_decoding import load_decode
 from sddit_jax.generation.decoding import decode_on
-from sddit_jax.method.state import make_parts
 from sddit_jax.parallel import sharding
+from sddit_jax.parallel.hooks import make_hooks
 from sddit_jax.runs.pictures import as_pictures
 from sddit_jax.runs.reporting import save_grid
 
@@ -105,9 +106,9 @@ def main() -> None:
     process_flags.start_processes()
     workdir = Path(WORKDIR.value).expanduser()
     # Weights are split over all devices, and gathered block by block.
-    mesh = sharding.make_mesh(Parallel(data=1, fsdp=-1))
+    mesh = sharding.make_mesh(ParallelConfig(data=1, fsdp=-1))
     config, encoders, meta = load_encoders(workdir, mesh, ENCODERS.value, STEP.value)
-    parts = make_parts(config, sharding.make_constrain(mesh))
+    parts = make_parts(config, make_hooks(mesh, config.model))
     sigmas = parse_sigmas(SIGMAS.value, parts.diffusion.sigma_min, parts.diffusion.sigma_max)
     blocks = parse_blocks(BLOCKS.value, config.model.depth)
     decode = load_decode(config.codec.autoencoder if VAE.value is None else VAE.value, meta["codec"], mesh)
@@ -128,7 +129,7 @@ def main() -> None:
     )
     features = Features(parts, mesh, SEED.value, BATCH_SIZE.value)
     pictured = test.keep(slice(PICTURES.value))
-    images_BHWC = as_pictures(decode_on(mesh, decode, parts.codec.decode(parts.codec.expected(pictured.batch))))
+    images_BHWC = as_pictures(decode_on(mesh, decode, parts.codec.as_stored(parts.codec.expected(pictured.batch))))
     rows = probe(features, encoders, untrained_encoder(parts, mesh), train, test, sigmas, blocks)
     components_BHW3 = principal_rows(features, encoders, pictured, sigmas, blocks[-1], images_BHWC.shape[1])
     if jax.process_index() != 0:

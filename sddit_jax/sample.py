@@ -23,12 +23,12 @@ from absl import flags
 
 from sddit_jax import cli, process_flags
 from sddit_jax.config.border import resolve
-from sddit_jax.config.schema import Parallel, Sampling
+from sddit_jax.config.parts import make_parts
+from sddit_jax.config.schema import ParallelConfig, SamplingConfig
 from sddit_jax.errors import UserError
 from sddit_jax.generation.autoencoder_decoding import load_decode
 from sddit_jax.generation.drawing import Model, draw_class_grid, draw_samples, draw_strip
 from sddit_jax.generation.sample_folder import SampleFolder
-from sddit_jax.method.state import make_parts
 from sddit_jax.parallel import sharding
 from sddit_jax.runs.folder import open_checkpoints, restore_guide
 from sddit_jax.sampling.labels import labels_of
@@ -54,7 +54,7 @@ SETTINGS = {
     field.name: DEFINE.get(field.type, flags.DEFINE_list)(
         field.name, None, f"{field.metadata['meaning']}. Left out: the run's setting."
     )
-    for field in dataclasses.fields(Sampling)
+    for field in dataclasses.fields(SamplingConfig)
     if field.name not in ("every", "grid")
 }
 GUIDE = flags.DEFINE_string("guide", None, "Folder of a weaker run, whose EMA weights guide instead of the null label.")
@@ -101,7 +101,7 @@ def main() -> None:
         workdir = Path(GUIDE.value).expanduser()
         guide, weaker, guide_meta = restore_guide(workdir, config, meta["codec"], GUIDE_STEP.value)
         params, guide_record = (params, weaker), _origin(GUIDE.value, guide_meta)
-    mesh = sharding.make_mesh(Parallel())
+    mesh = sharding.make_mesh(ParallelConfig())
     indices = range(FIRST.value, FIRST.value + NUM_SAMPLES.value)
     # A batch may end behind the last image.
     last = 2**31 - BATCH_SIZE.value - mesh.size

@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sddit_jax.config import border
+from sddit_jax.config.parts import make_parts
 from sddit_jax.config.schema import Config
 from sddit_jax.data.loader import make_loader
 from sddit_jax.data.sources import Source, open_source
@@ -23,12 +24,14 @@ from sddit_jax.evaluation.distance import Monitor, recorded_best
 from sddit_jax.generation.autoencoder_decoding import load_decode
 from sddit_jax.generation.decoding import Decode
 from sddit_jax.method.codec import check_codec
-from sddit_jax.method.state import Parts, State, make_parts
+from sddit_jax.method.state import Parts, State
 from sddit_jax.method.train_step import make_train_step
 from sddit_jax.parallel import cpu, sharding
 from sddit_jax.parallel.distributed import stop_requests
+from sddit_jax.parallel.hooks import make_hooks
+from sddit_jax.parallel.sharding import abstract_state
 from sddit_jax.runs.checkpoint import Checkpointer
-from sddit_jax.runs.folder import CHECKPOINTS, CONFIG, abstract_state, read_config, restore_run, write_config
+from sddit_jax.runs.folder import CHECKPOINTS, CONFIG, read_config, restore_run, write_config
 from sddit_jax.runs.reporting import MetricsLog, Progress, save_grid
 from sddit_jax.sampling.sampler import balanced_labels, make_generate, make_sample
 
@@ -44,7 +47,7 @@ def train(config: Config, workdir: Path) -> None:
     sharding.check_batch(mesh, config.batch_size, config.parallel.microbatches)
     sharding.check_width(mesh, config.model.width)
     source = _open_source(config)
-    parts = make_parts(config, sharding.make_constrain(mesh))
+    parts = make_parts(config, make_hooks(mesh, config.model))
     codec = (source.codec or {}) | parts.codec.record()
     decode = load_decode(config.codec.autoencoder, codec, mesh)
     _check_identity(workdir, config)
@@ -59,7 +62,7 @@ def train(config: Config, workdir: Path) -> None:
         state, meta = restored
         check_codec(f"the network of {workdir}", meta["codec"], source.name, codec)
     elif config.init_from:
-        state = _started_from(Path(config.init_from).expanduser(), parts, codec, mesh, layout)
+        state = _started_from(Path(config.init_from).expanduser(), config, parts, codec, mesh, layout)
     else:
         init_state = jax.jit(parts.init_state, out_shardings=layout, compiler_options=cpu.init_compiler_options())
         state = init_state(jax.random.key(config.seed))
@@ -68,7 +71,7 @@ def train(config: Config, workdir: Path) -> None:
         raise ConfigError(
             f"{workdir} is at step {start}, past steps {config.steps}; raise steps or use another --workdir"
         )
-    monitor = Monitor(parts, codec, decode, mesh, workdir, start) if config.eval.every else None
+    monitor = Monitor(config, parts, codec, decode, mesh, workdir, start) if config.eval.every else None
     _print_plan(config, source, mesh, abstract, start)
     primary = jax.process_index() == 0
     wandb_run = {
@@ -224,7 +227,7 @@ class _Run:
     def finish(self, state: State) -> None:
         """The evaluation that the config asks for, and the last pictures."""
         if self.config.eval.name == "digits":
-            results = diagnosis.evaluate_digits(self.parts, state, self.source, self.generate, self.mesh)
+            results = diagnosis.evaluate_digits(self.config, self.parts, state, self.source, self.generate, self.mesh)
             self.metrics_log.write(self.config.steps, results)
             for line in diagnosis.digits_lines(results):
                 log.info("%s", line)
@@ -329,19 +332,37 @@ def _open_source(config: Config) -> Source:
     return source
 
 
-def _started_from(run: Path, parts: Parts, codec: dict[str, Any], mesh: jax.sharding.Mesh, layout: Any) -> State:
-    """A state at step 0 with the parameters and the EMA of another run's newest checkpoint."""
-    config, state, meta = restore_run(run, mesh)
+def _started_from(
+    run: Path, config: Config, parts: Parts, codec: dict[str, Any], mesh: jax.sharding.Mesh, layout: Any
+) -> State:
+    """A state at step 0 with the parameters and the EMA of another run's newest checkpoint.
+
+    What objectives own is taken from there too, where it has the same shapes; otherwise it is fresh.
+    """
+    theirs, state, meta = restore_run(run, mesh)
     check_codec(f"the network of {run}", meta["codec"], "the data of this run", codec)
-    if config.model != parts.config.model:
-        differences = [line for line in border.identity_differences(config, parts.config) if "model." in line]
-        raise CheckpointError(f"init_from {run} holds another model: {', '.join(differences)}")
+    if theirs.model != config.model:
+        differences = [line for line in border.identity_differences(theirs, config) if "model." in line]
+        if differences:
+            raise CheckpointError(f"init_from {run} holds another model: {', '.join(differences)}")
     log.info("starting from the weights of %s at step %d", run, meta["step"])
-    wanted = jax.eval_shape(parts.init_state, jax.random.key(0))["params"]
-    params, ema = state["params"], state["ema"]["default"]
-    if jax.tree.structure(params) != jax.tree.structure(wanted):
-        raise CheckpointError(f"init_from {run} has {', '.join(params)}, but this run needs {', '.join(wanted)}")
-    return jax.jit(parts.state_from, out_shardings=layout)(params, ema)
+    shapes = jax.eval_shape(parts.init_params, jax.random.key(0))
+
+    def same(a: Any, b: Any) -> bool:
+        return jax.tree.structure(a) == jax.tree.structure(b) and all(
+            x.shape == y.shape for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+        )
+
+    taken = {name: tree for name, tree in state["params"].items() if name in shapes and same(tree, shapes[name])}
+    if "network" not in taken:
+        raise CheckpointError(f"init_from {run} holds another network; masking.fill must agree too")
+    if fresh := shapes.keys() - taken.keys():
+        log.info("fresh, since %s has none of these shapes: %s", run, ", ".join(sorted(fresh)))
+
+    def start(key: jax.Array, taken: Any, ema: Any) -> State:
+        return parts.state_from(parts.init_params(key) | taken, ema)
+
+    return jax.jit(start, out_shardings=layout)(jax.random.key(config.seed), taken, state["ema"]["default"])
 
 
 def _check_identity(workdir: Path, config: Config) -> None:

@@ -5,7 +5,8 @@ import math
 import jax
 import numpy as np
 
-from sddit_jax.config.border import METHODS, Config, default_config, resolve
+from sddit_jax.config.border import Config, resolve
+from sddit_jax.config.presets import METHODS, default_config
 
 TINY = {
     "model.image_size": 8,

@@ -17,12 +17,13 @@ from helpers import make_config, tiny_config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sddit_jax.config.border import METHODS, default_config, resolve, to_dict
+from sddit_jax.config.border import resolve, to_dict
+from sddit_jax.config.parts import make_parts
+from sddit_jax.config.presets import METHODS, default_config
 from sddit_jax.config.sizes import decode
 from sddit_jax.errors import CheckpointError, UserError, WeightsError
 from sddit_jax.interop.layouts import DIT, MASKDIT, OWN
 from sddit_jax.interop.transfer import export, import_
-from sddit_jax.method.state import make_parts
 from sddit_jax.runs.checkpoint import Checkpointer
 from sddit_jax.runs.folder import open_checkpoints, read_config, write_config
 
@@ -39,7 +40,9 @@ def make_run(workdir, config, step=7):
         return jax.tree.map(lambda leaf: jax.numpy.asarray(0.1 * rng.standard_normal(leaf.shape, np.float32)), tree)
 
     shapes = jax.eval_shape(parts.network.init, jax.random.key(0))
-    state = parts.state_from(random(shapes), random(shapes)) | {"step": jax.numpy.asarray(step)}
+    own = jax.eval_shape(parts.init_params, jax.random.key(0))
+    params = {name: random(shapes if name == "network" else tree) for name, tree in sorted(own.items(), reverse=True)}
+    state = parts.state_from(params, random(shapes)) | {"step": jax.numpy.asarray(step)}
     workdir.mkdir()
     write_config(workdir, config)
     checkpointer = Checkpointer(workdir / "checkpoints")
@@ -57,7 +60,7 @@ def read_run(workdir):
     state, meta = Checkpointer(workdir / "checkpoints", read_only=True).restore(abstract)
     assert meta["imported"]["sha256"]
     assert int(state["step"]) == 0
-    return config, {"params": state["params"], "ema": state["ema"]["default"]}
+    return config, {"params": state["params"]["network"], "ema": state["ema"]["default"]}
 
 
 def assert_same(a, b):
@@ -82,7 +85,7 @@ def test_to_torch_and_back_is_the_same_bits(tmp_path, method, weights):
     config_after, trees = read_run(tmp_path / "new")
     assert not config_after.ema.warmup
     assert dataclasses.replace(config_after, ema=config.ema) == config
-    expected = state["params"] if weights == "params" else state["ema"]["default"]
+    expected = state["params"]["network"] if weights == "params" else state["ema"]["default"]
     assert_same(trees, {"params": expected, "ema": expected})
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         metadata = file.metadata()
@@ -100,9 +103,9 @@ def test_to_maskdit_and_back_is_the_same_bits(tmp_path, fill):
     assert content.keys() == {"model", "ema"}
     assert ("model.mask_token" in content["ema"]) == (fill == "mask_token")
     table = content["model"]["model.y_embedder.embedding_table.weight"]
-    np.testing.assert_array_equal(table.T, state["params"]["encoder"]["label"]["table"])
+    np.testing.assert_array_equal(table.T, state["params"]["network"]["encoder"]["label"]["table"])
     import_(MASKDIT, tmp_path / "0000007.pt", tmp_path / "new", config_dict(config))
-    assert_same(read_run(tmp_path / "new")[1], {"params": state["params"], "ema": state["ema"]["default"]})
+    assert_same(read_run(tmp_path / "new")[1], {"params": state["params"]["network"], "ema": state["ema"]["default"]})
 
 
 def test_to_dit_and_back_is_the_same_bits(tmp_path):
@@ -120,7 +123,7 @@ def test_to_dit_gives_a_null_label_of_zeros_its_row(tmp_path):
     run, state = make_run(tmp_path / "run", tiny_config("dit"))
     export(DIT, run, tmp_path / "dit.pt", "both")
     table = torch.load(tmp_path / "dit.pt", weights_only=True)["model"]["y_embedder.embedding_table.weight"]
-    np.testing.assert_array_equal(table[:4], state["params"]["encoder"]["label"]["table"])
+    np.testing.assert_array_equal(table[:4], state["params"]["network"]["encoder"]["label"]["table"])
     assert not table[4].any()
 
 
@@ -141,7 +144,7 @@ def test_a_training_checkpoint_of_maskdit(tmp_path, caplog):
         import_(MASKDIT, file, tmp_path / "new", config)
     said = "0000007.pt has model (48 tensors), ema (48 tensors); passed over: opt (dict), args (argparse.Namespace, "
     assert f"{said}not executed)" in caplog.text
-    assert_same(read_run(tmp_path / "new")[1], {"params": state["params"], "ema": state["ema"]["default"]})
+    assert_same(read_run(tmp_path / "new")[1], {"params": state["params"]["network"], "ema": state["ema"]["default"]})
 
 
 @pytest.mark.parametrize("group", ["ema", "model"])
@@ -178,13 +181,13 @@ def test_partial_loads_what_fits_and_starts_the_rest_afresh(tmp_path, caplog):
     target = tiny_config("sd_dit")
     import_(MASKDIT, file, tmp_path / "new", config_dict(target), partial=True)
     _, trees = read_run(tmp_path / "new")
-    fresh = jax.jit(make_parts(target).network.init)(jax.random.key(0))
-    assert_same(trees["params"]["head"], fresh["head"])
-    assert_same(trees["params"]["encoder"]["cls"], fresh["encoder"]["cls"])
-    assert_same(trees["params"]["encoder"]["stack"], state["params"]["encoder"]["stack"])
+    fresh = jax.jit(make_parts(target).init_params)(jax.random.key(0))
+    network, theirs = trees["params"], state["params"]["network"]
+    assert_same(network["encoder"]["cls"], fresh["network"]["encoder"]["cls"])
+    assert_same(network["encoder"]["stack"], theirs["encoder"]["stack"])
     assert_same(trees["ema"]["decoder"]["final"], state["ema"]["default"]["decoder"]["final"])
     assert "model.mask_token is surplus" in caplog.text
-    assert "8 of the network's 53 tensors are fresh" in caplog.text
+    assert "1 of the network's 46 tensors are fresh" in caplog.text
 
 
 def test_partial_is_no_excuse_for_a_file_of_something_else(tmp_path):
@@ -262,7 +265,7 @@ def test_each_choice_of_weights_can_be_read_again(tmp_path, weights, keys):
     export(MASKDIT, run, tmp_path / "a.pt", weights)
     assert list(torch.load(tmp_path / "a.pt", weights_only=True)) == keys
     import_(MASKDIT, tmp_path / "a.pt", tmp_path / "new", config_dict(config))
-    expected = {"model": state["params"], "ema": state["ema"]["default"]}
+    expected = {"model": state["params"]["network"], "ema": state["ema"]["default"]}
     assert_same(read_run(tmp_path / "new")[1], {"params": expected[keys[0]], "ema": expected[keys[-1]]})
 
 
@@ -270,7 +273,7 @@ def test_what_a_public_code_would_compute_otherwise_is_said(tmp_path, caplog):
     changes = {f"model.{key}": value for key, value in decode("S/8").items()} | {"codec.name": "latents"}
     for heads, sigma_data, scale in ((12, 1.0, 0.5), (6, 0.5, 0.18215)):
         caplog.clear()
-        more = {"model.heads": heads, "diffusion.sigma_data": sigma_data, "codec.scale": (scale,)}
+        more = {"model.heads": heads, "diffusion.edm.sigma_data": sigma_data, "codec.scale": (scale,)}
         run, _ = make_run(tmp_path / f"run{heads}", make_config("maskdit", changes | more))
         export(MASKDIT, run, tmp_path / "a.pt", "ema")
         said = [line for line in caplog.text.splitlines() if "MaskDiT's code will compute something else" in line]

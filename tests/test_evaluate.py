@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from inceptions import random_state_dict
 
-from sddit_jax.config.schema import Parallel
+from sddit_jax.config.schema import ParallelConfig
 from sddit_jax.evaluation import metrics
 from sddit_jax.evaluation.comparison import evaluate, open_reference, write_reference
 from sddit_jax.evaluation.feature_spaces import inception_space, measure
@@ -146,7 +146,7 @@ def test_with_inception_from_a_file(tmp_path):
     import torch
 
     torch.save(random_state_dict(), tmp_path / "inception.pth")
-    mesh = sharding.make_mesh(Parallel())
+    mesh = sharding.make_mesh(ParallelConfig())
     space = inception_space(str(tmp_path / "inception.pth"), mesh, 8)
     rng = np.random.default_rng(0)
     real, fake = (rng.integers(0, high, (12, 16, 16, 3)).astype(np.uint8) for high in (256, 128))

@@ -20,7 +20,7 @@ from autoencoders import make_kl
 from latents import imagenet_of_tfds
 from PIL import Image
 
-from sddit_jax.config.schema import Parallel
+from sddit_jax.config.schema import ParallelConfig
 from sddit_jax.data import preparation
 from sddit_jax.data.images import read_image
 from sddit_jax.data.latents import LatentsSource
@@ -70,7 +70,7 @@ def run(spec: str, vae: Path, output: Path, *, split: str = "train", batch_size:
     plan = preparation.make_plan(
         source, split, autoencoder, params, batch_size=batch_size, records_per_shard=records_per_shard
     )
-    encode = preparation.make_encode(autoencoder, params, sharding.make_mesh(Parallel()))
+    encode = preparation.make_encode(autoencoder, params, sharding.make_mesh(ParallelConfig()))
     preparation.prepare(source, plan, encode, output, num_threads=2)
     return source, autoencoder, params
 

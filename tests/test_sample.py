@@ -22,14 +22,14 @@ from helpers import random_params, tiny_config
 from PIL import Image
 
 from sddit_jax.config.border import resolve, to_dict
-from sddit_jax.config.schema import Parallel, Sampling
+from sddit_jax.config.parts import make_parts
+from sddit_jax.config.schema import ParallelConfig, SamplingConfig
 from sddit_jax.errors import UserError
 from sddit_jax.evaluation.reference_files import open_evaluation_file
 from sddit_jax.generation import drawing
 from sddit_jax.generation.decoding import AS_IT_IS
 from sddit_jax.generation.drawing import Model, draw_class_grid, draw_samples, draw_strip
 from sddit_jax.generation.sample_folder import SampleFolder
-from sddit_jax.method.state import make_parts
 from sddit_jax.parallel.sharding import make_mesh, replicated
 from sddit_jax.runs.checkpoint import Checkpointer
 from sddit_jax.runs.pictures import grid
@@ -38,7 +38,7 @@ from sddit_jax.sampling.sampler import make_generate, make_sample, schedule
 
 ROOT = Path(__file__).parents[1]
 RECORD = {"workdir": "/run", "seed": 3, "labels": "random", "codec": {"name": "pixels"}}
-SAMPLING = Sampling(steps=3, guidance=1.5)
+SAMPLING = SamplingConfig(steps=3, guidance=1.5)
 
 
 class TestLabels:
@@ -72,10 +72,10 @@ class TestLabels:
 
 
 def make_model(
-    devices: int = 1, sampling: Sampling = SAMPLING, dtype: str = "float32", labels: str = "random"
+    devices: int = 1, sampling: SamplingConfig = SAMPLING, dtype: str = "float32", labels: str = "random"
 ) -> Model:
     parts = make_parts(tiny_config(changes={"model.dtype": dtype}))
-    mesh = make_mesh(Parallel(), jax.devices()[:devices])
+    mesh = make_mesh(ParallelConfig(), jax.devices()[:devices])
     return Model(
         lambda levels=None: make_sample(parts.network, parts.diffusion, parts.codec, sampling, levels=levels),
         schedule(parts.diffusion, sampling),
@@ -332,7 +332,7 @@ class TestFolder:
 
 class TestPictures:
     def test_a_strip_goes_from_noise_to_the_image(self, tmp_path, monkeypatch):
-        model = make_model(sampling=Sampling(steps=3))
+        model = make_model(sampling=SamplingConfig(steps=3))
         shown = []
         monkeypatch.setattr(drawing, "save_labelled_grid", lambda *args: shown.append(args))
         draw_strip(model, 2, tmp_path / "strip.png", RECORD)
@@ -344,7 +344,7 @@ class TestPictures:
         expected = generate(model.params, model.seed, model.labels(range(2, 6)), np.arange(2, 6))
         np.testing.assert_array_equal(images[:, -1], expected)
         # One step goes from the highest noise level to 0, which is where the denoised image lies.
-        at_first = make_generate(make_model(sampling=Sampling(steps=1)).sample(), model.mesh, 4)
+        at_first = make_generate(make_model(sampling=SamplingConfig(steps=1)).sample(), model.mesh, 4)
         expected = at_first(model.params, model.seed, model.labels(range(2, 6)), np.arange(2, 6))
         np.testing.assert_array_equal(images[:, 0], expected)
         assert np.abs(images[:, 1].astype(int) - images[:, 0]).max() > 10

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from helpers import tiny_config
 
-from sddit_jax.method.objectives.base import Views
-from sddit_jax.method.state import Parts, State, make_parts
+from sddit_jax.config.parts import make_parts
+from sddit_jax.config.schema import Config
+from sddit_jax.method.objectives.base import Drawn, Views
+from sddit_jax.method.state import Parts, State
 from sddit_jax.method.train_step import Batch, draw, make_train_step, student_views
-from sddit_jax.models.layers import Constrain, unconstrained
+from sddit_jax.models.layers import Constrain, Hooks, unconstrained
 
 BATCH = 16
 CHANGES = {
@@ -39,12 +41,17 @@ QUICK = {
 jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
-def tiny_parts(method: str, changes: dict[str, Any] | None = None, constrain: Constrain = unconstrained) -> Parts:
-    """The parts of a method at the tiny size, of float64 within `float64()`."""
+def smallest_config(method: str, changes: dict[str, Any] | None = None) -> Config:
+    """The config of `tiny_parts`."""
     config = tiny_config(method, CHANGES | (changes or {}))
     if jax.config.jax_enable_x64:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float64"))
-    return make_parts(config, constrain)
+    return config
+
+
+def tiny_parts(method: str, changes: dict[str, Any] | None = None, constrain: Constrain = unconstrained) -> Parts:
+    """The parts of a method at the tiny size, of float64 within `float64()`."""
+    return make_parts(smallest_config(method, changes), Hooks(constrain))
 
 
 @contextlib.contextmanager
@@ -79,8 +86,11 @@ def noised_state(parts: Parts, step: int = 0) -> State:
         matrix = len(leaf.shape) > 1 and "modulation" not in jax.tree_util.keystr(path)
         return rng.standard_normal(leaf.shape) * (leaf.shape[-2] ** -0.5 if matrix else 0.0)
 
-    params = noise(jax.tree_util.tree_map_with_path(fresh, shapes["params"]), 1)
-    aux = {objective.name: objective.init(params) for objective in parts.objectives}
+    # The network's numbers are drawn first, so that they do not depend on which objectives own parameters.
+    ordered = {f"{name != 'network'}/{name}": tree for name, tree in shapes["params"].items()}
+    ordered = noise(jax.tree_util.tree_map_with_path(fresh, ordered), 1)
+    params = {key.partition("/")[2]: tree for key, tree in ordered.items()}
+    aux = {objective.name: objective.init_state(params) for objective in parts.objectives}
     for own in aux.values():
         for seed, kind in enumerate(own.get("center", ()), 10):
             own["center"][kind] = noise(own["center"][kind], seed)
@@ -88,7 +98,7 @@ def noised_state(parts: Parts, step: int = 0) -> State:
             own["teacher"] = noise(own["teacher"], 3)
     return {
         "params": params,
-        "ema": {"default": noise(params, 2)},
+        "ema": {"default": noise(params["network"], 2)},
         "opt_state": parts.optimizer.init(params),
         "aux": aux,
         "step": jnp.asarray(step, jnp.int32),
@@ -98,22 +108,22 @@ def noised_state(parts: Parts, step: int = 0) -> State:
 
 def make_batch(parts: Parts, seed: int = 0) -> Batch:
     """Random stored images and labels."""
-    m, rng = parts.config.model, np.random.default_rng(seed)
-    image = rng.integers(0, 256, (parts.config.batch_size, m.image_size, m.image_size, m.channels), np.uint8)
+    m, rng = parts.network.model, np.random.default_rng(seed)
+    image = rng.integers(0, 256, (BATCH, m.image_size, m.image_size, m.channels), np.uint8)
     return {"image": image, "label": rng.integers(0, m.num_classes, len(image), np.int32)}
 
 
-def draw_batch(parts: Parts, seed: int = 0) -> dict[str, Any]:
+def draw_batch(parts: Parts, seed: int = 0) -> Drawn:
     """One drawn batch."""
     batch = make_batch(parts, seed)
-    return jit(lambda key, x0, label: draw(key, parts, x0, label))(
-        jax.random.key(seed), parts.codec.encode(batch["image"]), batch["label"]
+    return jit(lambda key, x0, batch: draw(key, parts, x0, batch))(
+        jax.random.key(seed), parts.codec.encode(batch["image"]), batch
     )
 
 
 def make_views(parts: Parts, params: Any, seed: int = 0) -> Views:
     """The student's views of one drawn batch."""
-    return jit(lambda params, drawn: student_views(params, parts, drawn))(params, draw_batch(parts, seed))
+    return jit(lambda params, drawn: student_views(params, parts, drawn))(params["network"], draw_batch(parts, seed))
 
 
 @functools.cache

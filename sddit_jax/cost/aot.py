@@ -16,13 +16,14 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sddit_jax.config.parts import make_parts
 from sddit_jax.config.schema import Config
 from sddit_jax.cost import flops, hlo
 from sddit_jax.errors import UserError
-from sddit_jax.method.state import make_parts
 from sddit_jax.method.train_step import make_train_step
 from sddit_jax.parallel import sharding
-from sddit_jax.runs.folder import abstract_state
+from sddit_jax.parallel.hooks import make_hooks
+from sddit_jax.parallel.sharding import abstract_state
 from sddit_jax.sampling.sampler import make_sample
 
 GIB = 2**30
@@ -136,7 +137,7 @@ def state_bytes(state: Any) -> int:
 
 def lower_train_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     """The train step as `train` runs it."""
-    parts = make_parts(config, sharding.make_constrain(mesh))
+    parts = make_parts(config, make_hooks(mesh, config.model))
     state = abstract_state(parts, mesh)
     layout = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = jax.jit(make_train_step(parts), donate_argnums=0, out_shardings=(layout, sharding.replicated(mesh)))
@@ -145,7 +146,7 @@ def lower_train_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
 
 def lower_sampler(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     """The sampler of a run's grids."""
-    parts = make_parts(config, sharding.make_constrain(mesh))
+    parts = make_parts(config, make_hooks(mesh, config.model))
     rows = NamedSharding(mesh, P(mesh.axis_names))
     count = config.sampling.grid + -config.sampling.grid % mesh.size
     integers = jax.ShapeDtypeStruct((count,), jnp.int32, sharding=rows)

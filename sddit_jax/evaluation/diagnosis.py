@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sddit_jax.config.schema import Config
 from sddit_jax.data.sources import ImageSource
 from sddit_jax.evaluation.metrics import nearest_neighbour_accuracy
 from sddit_jax.method.objectives.discrimination import Discrimination
@@ -38,7 +39,8 @@ def diagnose(parts: Parts, state: State, batch: dict[str, jax.Array]) -> dict[st
 def collapse(parts: Parts, metrics: dict[str, float]) -> str:
     """Why the teacher's assignments look collapsed, from metrics with a diagnosis; empty if they do not."""
     reasons = []
-    full = np.log(parts.config.objectives.discrimination.prototypes)
+    objective = discrimination_of(parts)
+    full = np.log(objective.config.prototypes) if objective else 0.0
     for kind in ("patch", "cls"):
         information = metrics.get(f"teacher/{kind}/information")
         if information is None:
@@ -52,7 +54,7 @@ def collapse(parts: Parts, metrics: dict[str, float]) -> str:
 
 
 def evaluate_digits(
-    parts: Parts, state: State, source: ImageSource, generate: Generate, mesh: jax.sharding.Mesh
+    config: Config, parts: Parts, state: State, source: ImageSource, generate: Generate, mesh: jax.sharding.Mesh
 ) -> dict[str, float]:
     """The samples of the EMA weights against the real digits, and what the encoder knows of them.
 
@@ -63,7 +65,7 @@ def evaluate_digits(
     """
     from sddit_jax.evaluation.digits import judge  # loads scikit-learn's classifiers: slow, and only needed here
 
-    config, everywhere = parts.config, replicated(mesh)
+    everywhere = replicated(mesh)
     label_N = balanced_labels(config.eval.num_samples, source.num_classes)
     real = [source[i] for i in range(len(source))]
     image_BHWC = np.stack([record["image"] for record in real])
@@ -82,8 +84,8 @@ def evaluate_digits(
 
         def cls_features(params: Any) -> jax.Array:
             x0_BHWC = parts.codec.encode(image_BHWC)
-            sigma_B = jnp.full(len(x0_BHWC), config.diffusion.sigma_min, jnp.float32)
-            null_B = jnp.full(len(x0_BHWC), config.model.num_classes, jnp.int32)
+            sigma_B = jnp.full(len(x0_BHWC), parts.diffusion.sigma_min, jnp.float32)
+            null_B = jnp.full(len(x0_BHWC), parts.network.null_label, jnp.int32)
             return parts.network.encode(params, *parts.diffusion.network_input(x0_BHWC, sigma_B), null_B).cls_BD
 
         fresh = jax.jit(parts.network.init, out_shardings=everywhere)(jax.random.key(config.seed))

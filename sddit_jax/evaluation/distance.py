@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from sddit_jax.config.schema import Config
 from sddit_jax.errors import CheckpointError, ConfigError
 from sddit_jax.evaluation.comparison import distance_name, few_images_warnings, open_reference
 from sddit_jax.evaluation.feature_spaces import measure, open_space
@@ -61,13 +62,19 @@ class Monitor:
     """
 
     def __init__(
-        self, parts: Parts, codec: dict[str, Any], decode: Decode, mesh: Mesh, workdir: Path, start: int
+        self,
+        config: Config,
+        parts: Parts,
+        codec: dict[str, Any],
+        decode: Decode,
+        mesh: Mesh,
+        workdir: Path,
+        start: int,
     ) -> None:
-        config = parts.config
         self._eval, self._seed = config.eval, config.seed
         self._label_N = balanced_labels(config.eval.num_samples, config.model.num_classes)
         self._space = open_space(config.eval.features, config.eval.inception, mesh, _BATCH_SIZE)
-        shape = self._shape_of_samples(parts, codec.get("factor") or 1)
+        shape = self._shape_of_samples(config, codec.get("factor") or 1)
         self._reference = open_reference(config.eval.reference, self._space, shape, _BATCH_SIZE, ("fid",))
         self.name = f"eval/{distance_name(self._space)}"
         sample = make_sample(parts.network, parts.diffusion, parts.codec, config.sampling)
@@ -140,9 +147,9 @@ class Monitor:
             seconds.append(time.monotonic() - began)
             yield images_BHWC
 
-    def _shape_of_samples(self, parts: Parts, factor: int) -> tuple[int, int, int, int]:
-        m = parts.config.model
-        side, channels = m.image_size * factor, 3 if parts.config.codec.name == "latents" else m.channels
+    def _shape_of_samples(self, config: Config, factor: int) -> tuple[int, int, int, int]:
+        m = config.model
+        side, channels = m.image_size * factor, 3 if config.codec.name == "latents" else m.channels
         if channels not in (1, 3):
             raise ConfigError(f"eval.every is {self._eval.every}, but images of {channels} channels are not compared")
         return len(self._label_N), side, side, channels

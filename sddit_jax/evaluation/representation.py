@@ -19,15 +19,16 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sddit_jax.config.border import resolve
+from sddit_jax.config.parts import make_parts
 from sddit_jax.config.schema import Config
 from sddit_jax.data.sources import Source, held_out_split, open_source
 from sddit_jax.errors import DataError, UserError
 from sddit_jax.evaluation.diagnosis import discrimination_of
 from sddit_jax.evaluation.metrics import linear_probe, neighbour_votes
 from sddit_jax.method.codec import check_codec
-from sddit_jax.method.state import Parts, make_parts
-from sddit_jax.parallel.sharding import shardings
-from sddit_jax.runs.folder import abstract_state, open_checkpoints, read_config, restore_run
+from sddit_jax.method.state import Parts
+from sddit_jax.parallel.sharding import abstract_state, shardings
+from sddit_jax.runs.folder import open_checkpoints, read_config, restore_run
 from sddit_jax.runs.pictures import principal_pictures
 
 log = logging.getLogger("sddit_jax")
@@ -35,7 +36,7 @@ log = logging.getLogger("sddit_jax")
 # The encoders of a run, and where they are in its state; a teacher that is the EMA itself has no place of its own.
 STATE_PATHS = {
     "ema": "ema/default/encoder",
-    "params": "params/encoder",
+    "params": "params/network/encoder",
     "teacher": "aux/discrimination/teacher/encoder",
 }
 WEIGHTS = tuple(STATE_PATHS)
@@ -62,11 +63,11 @@ def encode(
     encoder: its parameters. batch: stored images, or moments of latents, of which the means are used. blocks: whose
     outputs, the first block being 1. The noise of an image follows from `key` and its index.
     """
-    m = parts.config.model
+    m = parts.network.model
     x0_BHWC = parts.codec.expected(batch)
     eps_BHWC = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), x0_BHWC.shape[1:]))(index_B)
     sigma_B = jnp.full(len(x0_BHWC), sigma, jnp.float32)
-    null_B = jnp.full(len(x0_BHWC), m.num_classes, jnp.int32)
+    null_B = jnp.full(len(x0_BHWC), parts.network.null_label, jnp.int32)
     noised = parts.diffusion.noised(x0_BHWC, eps_BHWC, sigma_B)
     inputs = *parts.diffusion.network_input(noised, sigma_B), null_B
     if tuple(blocks) == (m.depth,):
@@ -74,10 +75,10 @@ def encode(
         tokens_BKND = encoded.tokens_BVD[:, None]
         cls_BKD = encoded.cls_BD[:, None] if m.cls_token else None
     else:
-        hidden = parts.network.encode({"encoder": encoder}, *inputs, return_hidden=True).hidden
-        hidden_BKND = hidden[np.array(blocks) - 1].swapaxes(0, 1)
-        tokens_BKND = hidden_BKND[:, :, 1:] if m.cls_token else hidden_BKND
-        cls_BKD = hidden_BKND[:, :, 0] if m.cls_token else None
+        tapped = parts.network.encode({"encoder": encoder}, *inputs, taps=tuple(blocks)).tapped
+        tapped_BKND = jnp.stack([tapped[block] for block in blocks], axis=1)
+        tokens_BKND = tapped_BKND[:, :, 1:] if m.cls_token else tapped_BKND
+        cls_BKD = tapped_BKND[:, :, 0] if m.cls_token else None
     return None if cls_BKD is None else cls_BKD.astype(jnp.float32), tokens_BKND.astype(jnp.float32)
 
 
@@ -170,7 +171,7 @@ def load_encoders(
         ema, meta = open_checkpoints(workdir).restore_ema(abstract, step)
         return resolve(meta["config"]), {"ema": ema["default"]["encoder"]}, meta
     config, state, meta = restore_run(workdir, mesh, step)
-    found = {"ema": state["ema"]["default"], "params": state["params"]}
+    found = {"ema": state["ema"]["default"], "params": state["params"]["network"]}
     if own_teacher:
         found["teacher"] = state["aux"][objective.name]["teacher"]
     return config, {name: found[name]["encoder"] for name in weights}, meta
@@ -183,7 +184,7 @@ def untrained_encoder(parts: Parts, mesh: Mesh) -> Any:
         return parts.network.init(key)["encoder"]
 
     layout = shardings(mesh, jax.eval_shape(init, jax.random.key(0)))
-    return jax.jit(init, out_shardings=layout)(jax.random.key(parts.config.seed))
+    return jax.jit(init, out_shardings=layout)(jax.random.key(parts.seed))
 
 
 def load_images(
@@ -294,7 +295,7 @@ def probe(
     """
     rows = []
     for sigma in sigmas:
-        fresh = _accuracies(features, untrained, train, test, sigma, [features.parts.config.model.depth])
+        fresh = _accuracies(features, untrained, train, test, sigma, [features.parts.network.model.depth])
         fresh_of = {row["feature"]: {f"{key}_untrained": row[key] for key in ("knn", "linear")} for row in fresh}
         for name, encoder in encoders.items():
             found = _accuracies(features, encoder, train, test, sigma, blocks)
@@ -306,7 +307,7 @@ def probe(
 def _accuracies(
     features: Features, encoder: Any, train: Images, test: Images, sigma: float, blocks: Sequence[int]
 ) -> list[dict[str, Any]]:
-    width = features.parts.config.model.width
+    width = features.parts.network.model.width
     at_a_time = max(1, int(FEATURE_BYTES / (8 * width * (len(train.index_n) + len(test.index_n)))))
     rows = []
     for start in range(0, len(blocks), at_a_time):

@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 import ml_collections
 import numpy as np
 
-from sddit_jax.config import schema
-from sddit_jax.config.border import default_config
+from sddit_jax.config.presets import default_config
 from sddit_jax.config.sizes import SIZES
 from sddit_jax.errors import WeightsError
 from sddit_jax.interop.state_dict import places
 from sddit_jax.method.codec import STABLE_DIFFUSION_SCALE
 from sddit_jax.models.layers import positions_2d
-from sddit_jax.models.transformer import Network
+from sddit_jax.models.transformer import ModelConfig, Network
 from sddit_jax.weights.files import Tensor, misfits, read_finite
 
 # The decoder of MaskDiT's code, the same for every size: depth, width -> heads.
@@ -200,7 +199,7 @@ def few(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _positions(width: int, m: schema.Model) -> Entry:
+def _positions(width: int, m: ModelConfig) -> Entry:
     value = positions_2d(width, m.image_size // m.patch)[None]
     return Entry(None, value.shape, value=value)
 

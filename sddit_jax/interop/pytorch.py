@@ -276,7 +276,8 @@ def sigma_range(diffusion: SimpleNamespace) -> tuple[float, float]:
     """The lowest and the highest noise level of a diffusion."""
     if diffusion.name == "ddpm":
         return tuple(ddpm_sigmas()[[0, -1]].tolist())
-    return diffusion.sigma_min, diffusion.sigma_max
+    edm = _edm(diffusion)
+    return edm.sigma_min, edm.sigma_max
 
 
 def preconditioning(diffusion: SimpleNamespace, sigma_B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -290,24 +291,23 @@ def preconditioning(diffusion: SimpleNamespace, sigma_B: Tensor) -> tuple[Tensor
         low, high = table[above - 1], table[above]
         step_B = (above - 1 + (sigma_B - low) / (high - low)).clamp(0, 999)
         return torch.ones_like(sigma_B), -sigma_B, (1 + sigma_B**2).rsqrt(), step_B
-    data = diffusion.sigma_data
+    data = _edm(diffusion).sigma_data
     total_B = sigma_B**2 + data**2
     return data**2 / total_B, sigma_B * data / total_B.sqrt(), total_B.rsqrt(), sigma_B.log() / 4
 
 
 class SDDiT(nn.Module):
-    """Encoder, decoder, and the projection head if the weights have one.
+    """Encoder and decoder, and with `head` the projection head of the discrimination, which training alone needs.
 
-    config is what sddit_jax resolved, as nested namespaces. codec says how images become what the network sees.
+    config is what sddit_jax resolved, as nested namespaces.
     """
 
-    def __init__(self, config: SimpleNamespace) -> None:
+    def __init__(self, config: SimpleNamespace, head: bool = False) -> None:
         super().__init__()
         self.config, m = config, config.model
         self.encoder = Encoder(m)
         self.decoder = Decoder(m, config.masking.fill)
-        discrimination = config.objectives.discrimination
-        self.head = Head(m, discrimination) if discrimination.weight else None
+        self.head = Head(m, config.objectives.discrimination) if head else None
 
     def output(self, x_BCHW: Tensor, c_noise_B: Tensor, label_B: Tensor, visible_BV: Tensor | None = None) -> Tensor:
         """F of c_in * x; all tokens are visible if `visible_BV` is None."""
@@ -348,7 +348,8 @@ def load(path: str | PathLike[str], dtype: torch.dtype = torch.float32, device: 
 
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        # Files of earlier versions hold the projection head too.
+        tensors = {name: file.get_tensor(name) for name in file.keys() if not name.startswith("head.")}  # noqa: SIM118
     if "config" not in metadata:
         raise ValueError(f"{path} has no configuration in its metadata; write it with `python -m sddit_jax.convert`")
     network = SDDiT(json.loads(metadata["config"], object_hook=lambda section: SimpleNamespace(**section)))
@@ -546,6 +547,11 @@ def training_losses(
         losses["reconstruction"] = reconstruction_loss(denoised, noised, c.model.patch, visible_BV)
         total = total + o.reconstruction.weight * losses["reconstruction"]
     return losses | {"total": total}
+
+
+def _edm(diffusion: SimpleNamespace) -> SimpleNamespace:
+    """EDM's keys, which lay in `diffusion` itself in files of earlier versions."""
+    return getattr(diffusion, "edm", diffusion)
 
 
 def _index(positions_BV: Tensor, like_BND: Tensor) -> Tensor:

@@ -15,16 +15,18 @@ import numpy as np
 import safetensors.numpy
 
 from sddit_jax.config import border
-from sddit_jax.config.schema import Config, Parallel
+from sddit_jax.config.parts import make_network, make_parts
+from sddit_jax.config.schema import Config, ParallelConfig
 from sddit_jax.errors import CheckpointError, ConfigError, UserError, WeightsError
 from sddit_jax.files import explained, json_object, sha256_of, whole
 from sddit_jax.interop.layouts import DIT, MASKDIT, OWN, Layout, few, fit, homeless, shapes_of
 from sddit_jax.interop.state_dict import from_state_dict, places, to_state_dict
-from sddit_jax.method.state import make_parts
+from sddit_jax.method.state import State
 from sddit_jax.models.transformer import Network
 from sddit_jax.parallel import sharding
+from sddit_jax.parallel.sharding import abstract_state
 from sddit_jax.runs.checkpoint import Checkpointer
-from sddit_jax.runs.folder import CHECKPOINTS, abstract_state, open_checkpoints, restore_run, write_config
+from sddit_jax.runs.folder import CHECKPOINTS, open_checkpoints, restore_run, write_config
 from sddit_jax.weights.files import SAFETENSORS_SUFFIX, TORCH_SUFFIXES, import_torch, open_checkpoint
 
 log = logging.getLogger("sddit_jax")
@@ -45,7 +47,7 @@ def export(layout: Layout, workdir: Path, output: Path, weights: str | None, ste
     config, trees, meta = _read_weights(workdir, weights, step)
     if layout is DIT and config.model.num_classes and config.model.null_label == "zero":
         config, trees = _with_null_row(config, trees)
-    network = Network(config)
+    network = make_network(config)
     entries = layout.entries(network)
     if without := homeless(layout, network):
         raise WeightsError(f"{layout.name}'s code has no place for {few(without)} of this network")
@@ -89,12 +91,16 @@ def import_(layout: Layout, file: Path, workdir: Path, config: Any = None, parti
     else:
         config = border.resolve(layout.infer(shapes_of(groups[ema])))
     config = dataclasses.replace(config, ema=dataclasses.replace(config.ema, warmup=False))
-    network = Network(config)
+    network = make_network(config)
     names = places(network)
 
     def tree(group: str) -> Any:
         where = f"{file}, {group}" if group else str(file)
-        arrays, faults = fit(layout, network, groups[group], where, partial=partial)
+        tensors = groups[group]
+        if layout is OWN:
+            # Earlier versions wrote the projection head too, which no inference needs.
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
+        arrays, faults = fit(layout, network, tensors, where, partial=partial)
         for fault in faults:
             log.warning("%s: %s", where, fault)
         if names.keys() - arrays.keys():
@@ -145,7 +151,7 @@ def _read_weights(workdir: Path, weights: str, step: int | None) -> tuple[Config
         ema, meta = open_checkpoints(workdir).restore_ema(step=step)
         return border.resolve(meta["config"]), {"ema": ema["default"]}, meta
     config, state, meta = restore_run(workdir, _mesh(), step)
-    trees = {"model": state["params"], "ema": state["ema"]["default"]}
+    trees = {"model": state["params"]["network"], "ema": state["ema"]["default"]}
     return config, trees if weights == "both" else {"model": trees["model"]}, meta
 
 
@@ -153,9 +159,13 @@ def _write_run(workdir: Path, config: Config, params: Any, ema: Any, source: Map
     """A new run at step 0, whole or not at all."""
     parts = make_parts(config)
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(parts, _mesh()))
-    params = jax.device_put(params, layout["params"])
+    network = jax.device_put(params, layout["params"]["network"])
     ema = None if ema is None else jax.device_put(ema, layout["ema"]["default"])
-    state = jax.jit(parts.state_from, out_shardings=layout)(params, ema)
+
+    def start(key: jax.Array, network: Any, ema: Any) -> State:
+        return parts.state_from(parts.init_params(key) | {"network": network}, ema)
+
+    state = jax.jit(start, out_shardings=layout)(jax.random.key(config.seed), network, ema)
     meta = {"config": border.to_dict(config), "codec": parts.codec.record(), "imported": dict(source)}
     temporary = workdir.with_name(f".{workdir.name}.tmp")
     with explained(f"--workdir={workdir}", CheckpointError, CheckpointError):
@@ -178,7 +188,7 @@ def _write_run(workdir: Path, config: Config, params: Any, ema: Any, source: Map
 
 def _mesh() -> jax.sharding.Mesh:
     """All devices share the parameters: one alone may be too small for a train state."""
-    return sharding.make_mesh(Parallel(data=1, fsdp=-1))
+    return sharding.make_mesh(ParallelConfig(data=1, fsdp=-1))
 
 
 def _with_null_row(config: Config, trees: dict[str, Any]) -> tuple[Config, dict[str, Any]]:

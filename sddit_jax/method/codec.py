@@ -7,11 +7,32 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from sddit_jax.config import schema
-from sddit_jax.errors import DataError
+from sddit_jax.errors import ConfigError, DataError
+from sddit_jax.settings import setting
 
 # Of the latents of Stable Diffusion's autoencoder, on which DiT, MaskDiT and SD-DiT train.
 STABLE_DIFFUSION_SCALE = 0.18215
+
+
+@dataclasses.dataclass(frozen=True)
+class CodecConfig:
+    """How stored images become what the network sees: z = (x - mean) * scale, per channel."""
+
+    name: str = setting(
+        "pixels", "C", "x is 'pixels' in [-1, 1], or 'latents' of an autoencoder", choices=("pixels", "latents")
+    )
+    autoencoder: str = setting(
+        "",
+        "C",
+        "of latents, what decodes samples: a folder of diffusers, a file of CompVis, or a hub id; empty: nothing",
+    )
+    mean: tuple[float, ...] = setting((0.0,), "C", "mean per channel; one value serves all")
+    scale: tuple[float, ...] = setting((0.5,), "C", "scale per channel; one value serves all")
+
+    def check(self) -> None:
+        """Raises ConfigError for a scale that cannot be undone."""
+        if 0.0 in self.scale:
+            raise ConfigError(f"codec.scale is {self.scale}, but must not have a 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +56,7 @@ class Codec(abc.ABC):
         """The mean of what `clean` draws: the same at every visit."""
 
     @abc.abstractmethod
-    def decode(self, z_BHWC: jax.Array) -> jax.Array:
+    def as_stored(self, z_BHWC: jax.Array) -> jax.Array:
         """What the network sees, as a person or an autoencoder takes it."""
 
     def record(self) -> dict[str, object]:
@@ -68,7 +89,7 @@ class PixelCodec(Codec):
         """uint8 [B, H, W, C] -> float32."""
         return self.normalise(image_BHWC.astype(jnp.float32) / 127.5 - 1)
 
-    def decode(self, z_BHWC: jax.Array) -> jax.Array:
+    def as_stored(self, z_BHWC: jax.Array) -> jax.Array:
         """float32 -> uint8 by clip(127.5 x + 128), the rounding of DiT and EDM; the exact inverse of `encode`."""
         return to_pixels(self._restore(z_BHWC))
 
@@ -94,7 +115,7 @@ class LatentCodec(Codec):
         mean_BHWC, std_BHWC = jnp.moveaxis(moments_B2HWC.astype(jnp.float32), 1, 0)
         return self.normalise(mean_BHWC + std_BHWC * eps_BHWC)
 
-    def decode(self, z_BHWC: jax.Array) -> jax.Array:
+    def as_stored(self, z_BHWC: jax.Array) -> jax.Array:
         """z -> latents for the autoencoder's decoder, float32."""
         return self._restore(z_BHWC)
 
@@ -104,7 +125,7 @@ def to_pixels(x_BHWC: jax.Array) -> jax.Array:
     return jnp.clip(127.5 * x_BHWC + 128, 0, 255).astype(jnp.uint8)
 
 
-def make_codec(config: schema.Codec) -> Codec:
+def make_codec(config: CodecConfig) -> Codec:
     """The codec that a configuration names."""
     return {kind.name: kind for kind in (PixelCodec, LatentCodec)}[config.name](config.mean, config.scale)
 

@@ -3,35 +3,42 @@
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sddit_jax.config import schema
+from sddit_jax.errors import ConfigError
+from sddit_jax.settings import setting
 
 
 class Preconditioning(NamedTuple):
-    """D(x; sigma) = skip * x + out * F(in_ * x, noise): four float32 arrays [B] (Karras et al. 2022, Eq. 7)."""
+    """D(x; sigma) = c_skip x + c_out F(c_in x, c_noise): float32 arrays [B] (Karras et al. 2022, Eq. 7)."""
 
-    skip: jax.Array
-    out: jax.Array
-    in_: jax.Array
-    noise: jax.Array
+    skip_B: jax.Array
+    out_B: jax.Array
+    in_B: jax.Array
+    c_noise_B: jax.Array
 
 
 class Diffusion(abc.ABC):
     """x = x0 + sigma * eps, and how a network F becomes the denoiser D(x; sigma) of such an x.
 
-    All noise levels are float32 arrays [B]; images are [B, H, W, C]. A variance-preserving diffusion is meant too: its
-    noisy image is x / sqrt(1 + sigma^2). sigma_min and sigma_max are those of sampling; a network cannot be told of a
-    level above `highest`.
+    A kind is a frozen dataclass whose fields, made by `setting`, are its section of the configuration. All noise levels
+    are float32 arrays [B]; images are [B, H, W, C]. A variance-preserving diffusion is meant too: its noisy image is
+    x / sqrt(1 + sigma^2). sigma_min and sigma_max are those of sampling; a network cannot be told of a level above
+    `highest`. sigmas: float32 [steps], the levels of a diffusion that has a table of its own, rising; otherwise None.
     """
 
     sigma_min: float
     sigma_max: float
     highest: float = np.inf
+    sigmas: np.ndarray | None = None
+
+    def preconditioned_as(self) -> tuple[str, float | None]:
+        """What two networks must share so that each can be told what the other is told: kind, and scale of the data."""
+        return type(self).__name__, getattr(self, "sigma_data", None)
 
     @abc.abstractmethod
     def sample_sigma(self, key: jax.Array, batch: int) -> jax.Array:
@@ -47,12 +54,12 @@ class Diffusion(abc.ABC):
 
     def weight(self, sigma_B: jax.Array) -> jax.Array:
         """Weight of the squared error of the denoised image, 1 / c_out^2: that of the error of F is then 1."""
-        return 1 / jnp.square(self.preconditioning(sigma_B).out)
+        return 1 / jnp.square(self.preconditioning(sigma_B).out_B)
 
     def network_input(self, x_BHWC: jax.Array, sigma_B: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(c_in * x, c_noise): what the network is given."""
         c = self.preconditioning(sigma_B)
-        return _per_image(c.in_) * x_BHWC, c.noise
+        return _per_image(c.in_B) * x_BHWC, c.c_noise_B
 
     def denoised(self, x_BHWC: jax.Array, output_BHWC: jax.Array, sigma_B: jax.Array) -> jax.Array:
         """D = c_skip * x + c_out * F: the denoised image, in float32.
@@ -61,7 +68,7 @@ class Diffusion(abc.ABC):
         """
         c = self.preconditioning(sigma_B)
         f_BHWC = output_BHWC[..., : x_BHWC.shape[-1]].astype(jnp.float32)
-        return _per_image(c.skip) * x_BHWC + _per_image(c.out) * f_BHWC
+        return _per_image(c.skip_B) * x_BHWC + _per_image(c.out_B) * f_BHWC
 
     def denoise(
         self, network: Callable[[jax.Array, jax.Array], jax.Array], x_BHWC: jax.Array, sigma_B: jax.Array
@@ -74,11 +81,18 @@ class Diffusion(abc.ABC):
 class EDM(Diffusion):
     """EDM (Karras et al. 2022, arXiv 2206.00364), with the last column of its Table 1."""
 
-    sigma_data: float = 0.5
-    log_sigma_mean: float = -1.2
-    log_sigma_std: float = 1.2
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
+    sigma_data: float = setting(0.5, "I", "standard deviation of the data that the network sees", above=0)
+    log_sigma_mean: float = setting(-1.2, "I", "mean of ln sigma in training")
+    log_sigma_std: float = setting(1.2, "I", "standard deviation of ln sigma in training", above=0)
+    sigma_min: float = setting(0.002, "S", "lowest noise level; the teacher's, always", above=0)
+    sigma_max: float = setting(80.0, "I", "noise level at which sampling starts", above=0)
+
+    def check(self) -> None:
+        """Raises ConfigError unless sigma_max is above sigma_min."""
+        if self.sigma_max <= self.sigma_min:
+            raise ConfigError(
+                f"diffusion.edm.sigma_max {self.sigma_max} is not above diffusion.edm.sigma_min {self.sigma_min}"
+            )
 
     def sample_sigma(self, key: jax.Array, batch: int) -> jax.Array:
         """ln sigma ~ N(log_sigma_mean, log_sigma_std^2)."""
@@ -100,9 +114,9 @@ class DDPM(Diffusion):
     eps that is another preconditioning (Karras et al. 2022, Table 1, first column), with sigma(t) from a table.
     """
 
-    steps: int = schema.DDPM_STEPS
-    first_beta: float = 1e-4
-    last_beta: float = 0.02
+    steps: ClassVar[int] = 1000
+    first_beta: ClassVar[float] = 1e-4
+    last_beta: ClassVar[float] = 0.02
 
     @property
     def sigmas(self) -> np.ndarray:
@@ -135,11 +149,23 @@ class DDPM(Diffusion):
         return Preconditioning(jnp.ones_like(sigma_B), -sigma_B, jax.lax.rsqrt(1 + sigma_B**2), t_B)
 
 
-def make_diffusion(config: schema.Diffusion) -> Diffusion:
+# Adding a diffusion is one class and one row.
+DIFFUSIONS: dict[str, type[Diffusion]] = {"edm": EDM, "ddpm": DDPM}
+
+DiffusionConfig = dataclasses.make_dataclass(
+    "DiffusionConfig",
+    [
+        ("name", str, setting("edm", "I", "edm, or ddpm: what DiT's checkpoints need", choices=tuple(DIFFUSIONS))),
+        *((name, kind, kind()) for name, kind in DIFFUSIONS.items()),
+    ],
+    frozen=True,
+    namespace={"__doc__": "The diffusion by name, and a section for each kind; the others have no effect."},
+)
+
+
+def make_diffusion(config: DiffusionConfig) -> Diffusion:
     """The diffusion that a configuration names."""
-    if config.name == "ddpm":
-        return DDPM()
-    return EDM(**{field.name: getattr(config, field.name) for field in dataclasses.fields(EDM)})
+    return getattr(config, config.name)
 
 
 def _per_image(value_B: jax.Array) -> jax.Array:

@@ -1,12 +1,30 @@
 """Optimisers of optax by name, split from their learning rate, which is a function of the step alone."""
 
+import dataclasses
+
 import optax
 
-from sddit_jax.config import schema
 from sddit_jax.errors import ConfigError
+from sddit_jax.settings import setting
 
 
-def make_optimizer(config: schema.Optimizer) -> optax.GradientTransformation:
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """An optimiser of optax by name, with its learning rate a function of the step."""
+
+    name: str = setting("adamw", "I", "adamw, adam, lion, sgd, radam, nadamw, lamb or muon")
+    learning_rate: float = setting(1e-4, "I", "peak learning rate", above=0)
+    schedule: str = setting("constant", "I", "after warm-up: constant or cosine (to 0)", choices=("constant", "cosine"))
+    warmup_steps: int = setting(0, "I", "steps of linear warm-up", least=0)
+    b1: float = setting(0.9, "I", "decay of the first moment (momentum for sgd)", least=0, most=1)
+    b2: float = setting(0.999, "I", "decay of the second moment", least=0, most=1)
+    eps: float = setting(1e-8, "I", "added to the root of the second moment", above=0)
+    weight_decay: float = setting(0.0, "I", "decoupled weight decay", least=0)
+    clip_norm: float = setting(0.0, "I", "largest global gradient norm; 0 does not clip", least=0)
+    max_skipped: int = setting(10, "C", "non-finite steps in a row, each skipped, before the run ends", least=1)
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """The optimiser at learning rate 1; the train step multiplies its updates by the rate of the step.
 
     Exact for each name below, since the learning rate is the last factor of all of them. (A rate inside the

@@ -14,6 +14,17 @@ def cosine(step: jax.Array, start: float, end: float, steps: float) -> jax.Array
     return end + (start - end) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(step / max(steps, 1e-9), 0.0, 1.0)))
 
 
+def between(step: jax.Array, kind: str, values: tuple[float, float], steps: tuple[int, int]) -> jax.Array | float:
+    """'linear' or 'cosine': from the first of `values` at the first of `steps` to the last at the last.
+
+    It is constant before and after them. 'constant' is the first value throughout.
+    """
+    if kind == "constant":
+        return values[0]
+    (first, last), (start, stop) = values, steps
+    return {"linear": linear, "cosine": cosine}[kind](step - start, first, last, stop - start)
+
+
 def learning_rate(step: jax.Array, peak: float, kind: str, warmup_steps: int, steps: int) -> jax.Array:
     """Linear warm-up (its first step is already above 0), then 'constant', or 'cosine' to 0 at the end."""
     warmup = jnp.minimum((step + 1) / (warmup_steps + 1), 1.0)

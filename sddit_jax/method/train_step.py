@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sddit_jax.method import schedules
-from sddit_jax.method.objectives.base import Metrics, Views
+from sddit_jax.errors import ConfigError
+from sddit_jax.method.objectives.base import Drawn, Metrics, Views
 from sddit_jax.method.state import Parts, State
 from sddit_jax.models.masking import sample_mask
 
@@ -23,7 +23,7 @@ CODEC_STREAM = 2**32 - 1
 
 def step_key(parts: Parts, step: jax.Array) -> jax.Array:
     """The key of all that is random in a step."""
-    return jax.random.fold_in(jax.random.key(parts.config.seed), step)
+    return jax.random.fold_in(jax.random.key(parts.seed), step)
 
 
 def clean(parts: Parts, batch: Batch, step: jax.Array) -> jax.Array:
@@ -31,47 +31,57 @@ def clean(parts: Parts, batch: Batch, step: jax.Array) -> jax.Array:
     return parts.codec.clean(batch, jax.random.fold_in(step_key(parts, step), CODEC_STREAM))
 
 
-def draw(key: jax.Array, parts: Parts, x0_BHWC: jax.Array, label_B: jax.Array) -> dict[str, Any]:
+def draw(key: jax.Array, parts: Parts, x0_BHWC: jax.Array, batch: Batch) -> Drawn:
     """All that is random in a step, for the whole batch: eps, sigma, mask, and which labels are dropped."""
     sigma_key, eps_key, mask_key, label_key = jax.random.split(key, 4)
-    batch = x0_BHWC.shape[0]
-    config = parts.config
-    dropped_B = jax.random.uniform(label_key, (batch,)) < config.objectives.label_dropout
-    ratio = config.masking.ratio
-    return {
-        "x0": x0_BHWC,
-        "eps": jax.random.normal(eps_key, x0_BHWC.shape),
-        "sigma": parts.diffusion.sample_sigma(sigma_key, batch),
+    count, network, ratio = x0_BHWC.shape[0], parts.network, parts.mask_ratio
+    dropped_B = jax.random.uniform(label_key, (count,)) < parts.label_dropout
+    return Drawn(
+        x0_BHWC=x0_BHWC,
+        eps_BHWC=jax.random.normal(eps_key, x0_BHWC.shape),
+        sigma_B=parts.diffusion.sample_sigma(sigma_key, count),
         # Without classes every label is the null label, 0.
-        "label": jnp.where(dropped_B, config.model.num_classes, jnp.minimum(label_B, config.model.num_classes)),
-        "mask": sample_mask(mask_key, batch, parts.network.tokens, ratio) if ratio else None,
-    }
+        label_B=jnp.where(dropped_B, network.null_label, jnp.minimum(batch["label"], network.null_label)),
+        mask=sample_mask(mask_key, count, network.model.tokens, ratio) if ratio else None,
+        features=_features(parts, batch),
+    )
 
 
-def student_views(params: Any, parts: Parts, drawn: dict[str, Any]) -> Views:
-    """The student's pass over one drawn batch."""
-    network, diffusion = parts.network, parts.diffusion
-    sigma_B, label_B, mask = drawn["sigma"], drawn["label"], drawn["mask"]
-    noised = diffusion.noised(drawn["x0"], drawn["eps"], sigma_B)
-    encoded = network.encode(params, *diffusion.network_input(noised, sigma_B), label_B, mask)
-    denoised = diffusion.denoised(noised, network.decode(params, encoded, mask), sigma_B)
-    return Views(
-        x0=drawn["x0"], eps=drawn["eps"], noised=noised, sigma_B=sigma_B, label_B=label_B, mask=mask,
-        encoded=encoded, denoised=denoised,
-    )  # fmt: skip
+def _features(parts: Parts, batch: Batch) -> dict[str, jax.Array]:
+    """What the objectives need of a batch. Raises ConfigError for what it lacks."""
+    features = {}
+    for objective in parts.objectives:
+        for name in objective.needs.features:
+            if name not in batch:
+                raise ConfigError(
+                    f"objectives.{objective.name} needs {name} in every record, but the data has {', '.join(batch)}"
+                )
+            features[name] = batch[name]
+    return features
 
 
-def gradients_of(parts: Parts, state: State, drawn: dict[str, Any]) -> Gradients:
+def student_views(params: Any, parts: Parts, drawn: Drawn) -> Views:
+    """The student's pass over one drawn batch. params: the network's."""
+    network, diffusion, sigma_B = parts.network, parts.diffusion, drawn.sigma_B
+    taps = tuple(sorted({block for objective in parts.objectives for block in objective.needs.blocks}))
+    noised_BHWC = diffusion.noised(drawn.x0_BHWC, drawn.eps_BHWC, sigma_B)
+    inputs = diffusion.network_input(noised_BHWC, sigma_B)
+    encoded = network.encode(params, *inputs, drawn.label_B, drawn.mask, taps)
+    denoised_BHWC = diffusion.denoised(noised_BHWC, network.predict(params, encoded, drawn.mask), sigma_B)
+    return Views(**vars(drawn), noised_BHWC=noised_BHWC, encoded=encoded, denoised_BHWC=denoised_BHWC)
+
+
+def gradients_of(parts: Parts, state: State, drawn: Drawn) -> Gradients:
     """The gradient of the weighted sum of the objectives on one drawn batch."""
 
     def loss_fn(params: Any) -> tuple[jax.Array, tuple[Metrics, dict[str, Any]]]:
-        views = student_views(params, parts, drawn)
+        views = student_views(params["network"], parts, drawn)
         total, metrics, statistics = jnp.zeros(()), {}, {}
         for objective in parts.objectives:
             loss, own_metrics, statistics[objective.name] = objective.loss(
                 params, state["aux"][objective.name], state["ema"]["default"], views, state["step"]
             )
-            total += objective.weight * loss
+            total += objective.weight(state["step"]) * loss
             metrics |= own_metrics
         return total, (metrics | {"train/loss": total}, statistics)
 
@@ -79,7 +89,7 @@ def gradients_of(parts: Parts, state: State, drawn: dict[str, Any]) -> Gradients
     return gradients, metrics, statistics
 
 
-def accumulated_gradients_of(parts: Parts, state: State, drawn: dict[str, Any], microbatches: int) -> Gradients:
+def accumulated_gradients_of(parts: Parts, state: State, drawn: Drawn, microbatches: int) -> Gradients:
     """`gradients_of` as the mean over microbatches, one after another."""
     if microbatches == 1:
         return gradients_of(parts, state, drawn)
@@ -88,7 +98,7 @@ def accumulated_gradients_of(parts: Parts, state: State, drawn: dict[str, Any], 
     shapes = jax.eval_shape(lambda: gradients_of(parts, state, jax.tree.map(lambda a: a[0], split)))
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
 
-    def body(total: Any, part: dict[str, Any]) -> tuple[Any, None]:
+    def body(total: Any, part: Drawn) -> tuple[Any, None]:
         new = gradients_of(parts, state, part)
         return jax.tree.map(lambda t, x: t + x / microbatches, total, new), None
 
@@ -99,22 +109,19 @@ def make_train_step(parts: Parts) -> TrainStep:
     """The step of one configuration: (state, batch) -> (state, metrics).
 
     batch: {image: uint8 [B, H, W, C], label: int32 [B]}, or of latents {moments: float16 [B, 2, H, W, C], label}.
-    Everything random follows from (config.seed, state["step"]) and is drawn for the whole batch before it is split
+    Everything random follows from (seed, state["step"]) and is drawn for the whole batch before it is split
     into microbatches. A step whose loss, gradients or update are not finite changes nothing but the step count and
     state["skipped"], how many such steps there were in a row; it is logged as train/skipped.
     """
-    config = parts.config
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         step = state["step"]
-        drawn = draw(step_key(parts, step), parts, clean(parts, batch, step), batch["label"])
-        gradients, metrics, statistics = accumulated_gradients_of(parts, state, drawn, config.parallel.microbatches)
-
-        o = config.optimizer
-        learning_rate = schedules.learning_rate(step, o.learning_rate, o.schedule, o.warmup_steps, config.steps)
+        drawn = draw(step_key(parts, step), parts, clean(parts, batch, step), batch)
+        gradients, metrics, statistics = accumulated_gradients_of(parts, state, drawn, parts.microbatches)
+        learning_rate = parts.learning_rate(step)
         updates, opt_state = parts.optimizer.update(gradients, state["opt_state"], state["params"])
         updates = jax.tree.map(lambda u: learning_rate * u, updates)
-        metrics |= {f"grad_norm/{name}": optax.tree.norm(tree) for name, tree in gradients.items()}
+        metrics |= {f"grad_norm/{name}": optax.tree.norm(tree) for name, tree in _by_owner(gradients).items()}
         metrics["grad_norm/all"] = optax.tree.norm(gradients)
         metrics["train/update_norm"] = optax.tree.norm(updates)
         metrics["train/learning_rate"] = learning_rate
@@ -126,8 +133,8 @@ def make_train_step(parts: Parts) -> TrainStep:
 
         # What follows is computed from the parameters that are kept, so that all can be written where the old lie.
         params = kept(optax.apply_updates(state["params"], updates), state["params"])
-        decay = schedules.ema_decay(step, config.ema.decay, config.ema.warmup)
-        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema"]["default"], params)
+        decay = parts.ema_decay(step)
+        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema"]["default"], params["network"])
         aux = {}
         for objective in parts.objectives:
             aux[objective.name], more = objective.update(
@@ -144,3 +151,8 @@ def make_train_step(parts: Parts) -> TrainStep:
         }, metrics
 
     return train_step
+
+
+def _by_owner(params: Any) -> dict[str, Any]:
+    """A tree of parameters by encoder, decoder, and objectives that own some."""
+    return params["network"] | {name: tree for name, tree in params.items() if name != "network"}

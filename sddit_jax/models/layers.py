@@ -1,6 +1,7 @@
 """The layers of a DiT (Peebles & Xie 2023): positions, conditioning, adaLN-Zero blocks and their stack."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -9,19 +10,31 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from sddit_jax.models.attention import ATTENDED, XAVIER, Attend, Attention, product_attention
+
 Constrain = Callable[[Any, str], Any]
-XAVIER = nn.initializers.xavier_uniform()
 NORMAL = nn.initializers.normal(0.02)
 ZEROS = nn.initializers.zeros
 FREQUENCIES = 256
-# Names of values that rematerialisation may keep.
-WEIGHTS, ATTENDED = "weights", "attended"
+# The name of gathered weights, which rematerialisation may keep or gather again.
+WEIGHTS = "weights"
 
 
 def unconstrained(x: Any, kind: str) -> Any:
     """The default of `constrain`: leaves the layout of `x` to the compiler."""
     del kind
     return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+    """What the network leaves to the code that knows the devices.
+
+    constrain(x, kind): lays values out; kind is "tokens", "block" or "weights". attend: the kernel of attention.
+    """
+
+    constrain: Constrain = unconstrained
+    attend: Attend = product_attention
 
 
 def positions_2d(width: int, side: int) -> np.ndarray:
@@ -107,117 +120,6 @@ class Modulation(nn.Module):
         return [out_BKD[:, k] for k in range(self.count)]
 
 
-def promote_without_key_bias(
-    x_BND: jax.Array, kernel_DTHC: jax.Array, bias_THC: jax.Array, dtype: Any
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Flax's promotion to `dtype`, after which k's bias gets no gradient.
-
-    It adds one number to all logits of a query, and the softmax takes no notice: the gradient is 0. What is computed
-    instead are rounding errors, which depend on the layout, and of which Adam would make steps of full length.
-    """
-    x_BND, kernel_DTHC, bias_THC = nn.dtypes.promote_dtype(x_BND, kernel_DTHC, bias_THC, dtype=dtype)
-    return x_BND, kernel_DTHC, bias_THC.at[1].set(jax.lax.stop_gradient(bias_THC[1]))
-
-
-def attention(q_BHNC: jax.Array, k_BHNC: jax.Array, v_BHNC: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(C)) v, [B, H, N, C] in v's dtype; the softmax is float32.
-
-    The backward pass computes the softmax again, as in FlashAttention (Dao et al. 2022): what is kept of a block does
-    not grow with N^2. On NVIDIA's GPUs and in bfloat16 it is cuDNN's kernel, elsewhere products as XLA fuses them.
-    """
-    channels = q_BHNC.shape[-1]
-    in_one_kernel = q_BHNC.dtype == jnp.bfloat16 and channels % 8 == 0 and channels <= 128 and has_cudnn_attention()
-    return (flash_attention if in_one_kernel else product_attention)(q_BHNC, k_BHNC, v_BHNC)
-
-
-def has_cudnn_attention() -> bool:
-    """Whether the devices are GPUs that cuDNN has a fused attention for, NVIDIA's since Ampere."""
-    device = jax.local_devices()[0]
-    cuda = device.platform == "gpu" and "cuda" in device.client.platform_version.lower()
-    return cuda and float(device.compute_capability) >= 8
-
-
-def flash_attention(
-    q_BHNC: jax.Array, k_BHNC: jax.Array, v_BHNC: jax.Array, implementation: str = "cudnn"
-) -> jax.Array:
-    """`attention`, [B, H, N, C], by jax.nn's `implementation`: cuDNN's takes bfloat16 and multiples of 8 channels.
-
-    Where a backward pass recomputes anything it computes all of this again: the kernel's own residuals have no name.
-    """
-    tokens = q_BHNC.shape[2]
-    # JAX refuses odd numbers of tokens for cuDNN: they get one more, which nothing attends to.
-    padding = ((0, 0), (0, tokens % 2), (0, 0), (0, 0))
-    q_BNHC, k_BNHC, v_BNHC = (jnp.pad(x.swapaxes(1, 2), padding) for x in (q_BHNC, k_BHNC, v_BHNC))
-    keys_B = jnp.full(len(q_BNHC), tokens, jnp.int32) if tokens % 2 else None
-    out_BNHC = jax.nn.dot_product_attention(
-        q_BNHC, k_BNHC, v_BNHC, key_value_seq_lengths=keys_B, implementation=implementation
-    )
-    return out_BNHC[:, :tokens].swapaxes(1, 2)
-
-
-@jax.custom_vjp
-def product_attention(q_BHNC: jax.Array, k_BHNC: jax.Array, v_BHNC: jax.Array) -> jax.Array:
-    """`attention`, [B, H, N, C], as matrix products and a softmax."""
-    return _attention_forward(q_BHNC, k_BHNC, v_BHNC)[0]
-
-
-def _attention_logits(q_BHNC: jax.Array, k_BHNC: jax.Array) -> jax.Array:
-    scaled_BHNC = q_BHNC * q_BHNC.shape[-1] ** -0.5
-    return jnp.einsum("bhqc,bhkc->bhqk", scaled_BHNC, k_BHNC, preferred_element_type=jnp.float32)
-
-
-def _attention_forward(q_BHNC: jax.Array, k_BHNC: jax.Array, v_BHNC: jax.Array) -> tuple[jax.Array, tuple]:
-    logits_BHNN = _attention_logits(q_BHNC, k_BHNC)
-    exp_BHNN = jnp.exp(logits_BHNN - logits_BHNN.max(axis=-1, keepdims=True))
-    # Divided after the product: C numbers of a query instead of N. The sums are not kept for the backward pass: with a
-    # second result XLA would not make one kernel of softmax and products, on TPU and CPU.
-    out_BHNC = jnp.einsum("bhqk,bhkc->bhqc", exp_BHNN.astype(v_BHNC.dtype), v_BHNC, preferred_element_type=jnp.float32)
-    out_BHNC = (out_BHNC / exp_BHNN.sum(axis=-1, keepdims=True)).astype(v_BHNC.dtype)
-    out_BHNC = checkpoint_name(out_BHNC, ATTENDED)
-    return out_BHNC, (q_BHNC, k_BHNC, v_BHNC, out_BHNC)
-
-
-def _attention_backward(residuals: tuple, d_out_BHNC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    q_BHNC, k_BHNC, v_BHNC, out_BHNC = residuals
-    dtype, scale = v_BHNC.dtype, q_BHNC.shape[-1] ** -0.5
-    p_BHNN = jax.nn.softmax(_attention_logits(q_BHNC, k_BHNC))
-    d_p_BHNN = jnp.einsum("bhqc,bhkc->bhqk", d_out_BHNC, v_BHNC, preferred_element_type=jnp.float32)
-    mean_BHN1 = (d_out_BHNC.astype(jnp.float32) * out_BHNC).sum(axis=-1, keepdims=True)
-    d_logits_BHNN = (p_BHNN * (d_p_BHNN - mean_BHN1)).astype(dtype)
-    d_q_BHNC = jnp.einsum("bhqk,bhkc->bhqc", d_logits_BHNN, k_BHNC) * scale
-    d_k_BHNC = jnp.einsum("bhqk,bhqc->bhkc", d_logits_BHNN, q_BHNC * scale)
-    d_v_BHNC = jnp.einsum("bhqk,bhqc->bhkc", p_BHNN.astype(dtype), d_out_BHNC)
-    return d_q_BHNC, d_k_BHNC, d_v_BHNC
-
-
-product_attention.defvjp(_attention_forward, _attention_backward)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention over [B, N, D] with biases; q, k and v are one kernel (D, 3, heads, D/heads)."""
-
-    heads: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x_BND: jax.Array) -> jax.Array:
-        """[B, N, D] in the policy's dtype; the softmax is float32."""
-        width = x_BND.shape[-1]
-        qkv_BNTHC = nn.DenseGeneral(
-            (3, self.heads, width // self.heads),
-            dtype=self.dtype,
-            kernel_init=XAVIER,
-            promote_dtype=promote_without_key_bias,
-            name="qkv",
-        )(x_BND)
-        # lax.split's transpose is one concatenation; that of slicing adds three arrays padded to full size.
-        q, k, v = (x.squeeze(0) for x in jax.lax.split(qkv_BNTHC.transpose(2, 0, 3, 1, 4), (1, 1, 1)))
-        # Parameters need no kernel, and some versions of JAX cannot vmap cuDNN's, as Stack's init does.
-        attend = product_attention if self.is_initializing() else attention
-        out_BNHC = attend(q, k, v).swapaxes(1, 2)
-        return nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, kernel_init=XAVIER, name="out")(out_BNHC)
-
-
 class MLP(nn.Module):
     """Linear, tanh-approximated GELU, linear."""
 
@@ -242,6 +144,7 @@ class Block(nn.Module):
     heads: int
     mlp_ratio: float
     dtype: Any
+    attend: Attend = product_attention
 
     @nn.compact
     def __call__(self, x_BND: jax.Array, condition_BC: jax.Array) -> jax.Array:
@@ -250,7 +153,9 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = Modulation(6, width, self.dtype, name="modulation")(
             condition_BC
         )
-        attended = Attention(self.heads, self.dtype, name="attention")(modulate(layer_norm(x_BND), shift_a, scale_a))
+        attended = Attention(self.heads, self.dtype, self.attend, name="attention")(
+            modulate(layer_norm(x_BND), shift_a, scale_a)
+        )
         x_BND = x_BND + gate_a[:, None] * attended
         hidden = MLP(int(width * self.mlp_ratio), self.dtype, name="mlp")(modulate(layer_norm(x_BND), shift_m, scale_m))
         return x_BND + gate_m[:, None] * hidden
@@ -284,41 +189,66 @@ class Stack(nn.Module):
     dtype: Any
     scan: bool
     remat: str
-    constrain: Constrain = unconstrained
+    hooks: Hooks = Hooks()
 
     @nn.compact
     def __call__(
-        self, x_BND: jax.Array, condition_BC: jax.Array, return_hidden: bool = False
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """The last block's output [B, N, D], and if asked for each block's, stacked: [depth, B, N, D]."""
-        block = Block(self.heads, self.mlp_ratio, self.dtype, parent=None)
+        self, x_BND: jax.Array, condition_BC: jax.Array, taps: Sequence[int] = ()
+    ) -> tuple[jax.Array, dict[int, jax.Array]]:
+        """The last block's output [B, N, D], and the outputs of the blocks in `taps`, which counts from 1."""
+        constrain = self.hooks.constrain
+        block = Block(self.heads, self.mlp_ratio, self.dtype, self.hooks.attend, parent=None)
 
         def init(key: jax.Array) -> Any:
             keys = jax.random.split(key, self.depth)
             return jax.vmap(lambda k: block.init(k, x_BND, condition_BC)["params"])(keys)
 
-        def body(x_BND: jax.Array, block_params: Any) -> tuple[jax.Array, jax.Array | None]:
+        def body(x_BND: jax.Array, block_params: Any) -> jax.Array:
             # Cast first: half as much is gathered.
             block_params = jax.tree.map(lambda leaf: leaf.astype(self.dtype), block_params)
-            block_params = checkpoint_name(self.constrain(block_params, "block"), WEIGHTS)
+            block_params = checkpoint_name(constrain(block_params, "block"), WEIGHTS)
             x_BND = block.apply({"params": block_params}, x_BND, condition_BC)
-            x_BND = self.constrain(x_BND, "tokens")
-            return x_BND, x_BND if return_hidden else None
+            return constrain(x_BND, "tokens")
 
         # Flax would trace `init` at each call to compare shapes: the blocks compare theirs, scan and split the depth.
         params = self.param("blocks", init) if self.is_initializing() else self.variables["params"]["blocks"]
         # jax.checkpoint copies what it keeps, and on one device there is nothing to gather again.
-        if self.remat != "none" or self.constrain is not unconstrained:
+        if self.remat != "none" or constrain is not unconstrained:
             body = rematerialise(body, self.remat, prevent_cse=not self.scan)
         if self.scan:
-            return jax.lax.scan(body, x_BND, params, length=self.depth)
-        # Traced once for all blocks.
-        body = jax.jit(body)
-        # lax.split's transpose is one concatenation; that of slicing adds `depth` arrays padded to full size.
-        leaves, treedef = jax.tree.flatten(params)
-        layers = zip(*(jax.lax.split(leaf, (1,) * self.depth) for leaf in leaves), strict=True)
-        hidden = []
-        for layer in layers:
-            x_BND, out = body(x_BND, treedef.unflatten([leaf.squeeze(0) for leaf in layer]))
-            hidden.append(out)
-        return x_BND, jnp.stack(hidden) if return_hidden else None
+            return _scanned(body, x_BND, params, self.depth, taps)
+        return _unrolled(body, x_BND, params, self.depth, taps)
+
+
+def _scanned(
+    body: Callable, x_BND: jax.Array, params: Any, depth: int, taps: Sequence[int]
+) -> tuple[jax.Array, dict[int, jax.Array]]:
+    """One loop over the blocks. A tapped output goes into a row of its own, all others into one that is dropped."""
+    if not taps:
+        return jax.lax.scan(lambda x, p: (body(x, p), None), x_BND, params, length=depth)[0], {}
+    row_of = {block: row for row, block in enumerate(taps)}
+    rows = jnp.asarray([row_of.get(block, len(taps)) for block in range(1, depth + 1)])
+
+    def tapping(carry: tuple[jax.Array, jax.Array], xs: tuple[Any, jax.Array]) -> tuple[tuple, None]:
+        (x_BND, tapped), (block_params, row) = carry, xs
+        x_BND = body(x_BND, block_params)
+        return (x_BND, jax.lax.dynamic_update_index_in_dim(tapped, x_BND, row, axis=0)), None
+
+    start = x_BND, jnp.zeros((len(taps) + 1, *x_BND.shape), x_BND.dtype)
+    (x_BND, tapped), _ = jax.lax.scan(tapping, start, (params, rows), length=depth)
+    return x_BND, {block: tapped[row] for block, row in row_of.items()}
+
+
+def _unrolled(
+    body: Callable, x_BND: jax.Array, params: Any, depth: int, taps: Sequence[int]
+) -> tuple[jax.Array, dict[int, jax.Array]]:
+    """A loop in Python; the body is traced once for all blocks."""
+    body, tapped = jax.jit(body), {}
+    # lax.split's transpose is one concatenation; that of slicing adds `depth` arrays padded to full size.
+    leaves, treedef = jax.tree.flatten(params)
+    layers = zip(*(jax.lax.split(leaf, (1,) * depth) for leaf in leaves), strict=True)
+    for block, layer in enumerate(layers, 1):
+        x_BND = body(x_BND, treedef.unflatten([leaf.squeeze(0) for leaf in layer]))
+        if block in taps:
+            tapped[block] = x_BND
+    return x_BND, tapped

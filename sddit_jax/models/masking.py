@@ -1,10 +1,33 @@
 """Which tokens the student sees: drawing masks, taking tokens out and putting them back."""
 
+import dataclasses
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from sddit_jax.errors import ConfigError
+from sddit_jax.settings import setting
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskingConfig:
+    """Which tokens the student's encoder does not see, and what the decoder gets in their place."""
+
+    ratio: float = setting(0.2, "S", "share of the student's tokens made invisible, in [0, 1)")
+    fill: str = setting(
+        "noisy",
+        "P",
+        "decoder input there: 'noisy' tokens, a learnt 'mask_token', or 'zeros' (MaskDiT with and without its loss on "
+        "masked patches)",
+        choices=("noisy", "mask_token", "zeros"),
+    )
+
+    def check(self) -> None:
+        """Raises ConfigError for a share outside of [0, 1)."""
+        if not 0 <= self.ratio < 1:
+            raise ConfigError(f"masking.ratio is {self.ratio}, but must be in [0, 1)")
 
 
 class Mask(NamedTuple):

@@ -15,8 +15,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sddit_jax.config import schema
+from sddit_jax.config.schema import ParallelConfig
 from sddit_jax.errors import ConfigError
+from sddit_jax.method.state import Parts, State
 from sddit_jax.models.layers import Constrain, unconstrained
 
 AXES = ("data", "fsdp", "tensor")
@@ -40,7 +41,7 @@ RULES = (
 )
 
 
-def make_mesh(config: schema.Parallel, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The (data, fsdp, tensor) mesh over `devices` (all if None); an axis of -1 takes what is left.
 
     Raises ConfigError if the sizes do not fit.
@@ -77,6 +78,13 @@ def check_width(mesh: Mesh, width: int) -> None:
             f"parallel.fsdp {fsdp} does not divide model.width {width}, so most of the state would be whole on every "
             f"device: set parallel.data={mesh.shape['data'] * fsdp // fitting} and parallel.fsdp={fitting}"
         )
+
+
+def abstract_state(parts: Parts, mesh: Mesh) -> State:
+    """Shape, dtype and layout of every array of a train state on a mesh."""
+    abstract = jax.eval_shape(parts.init_state, jax.random.key(0))
+    layout = shardings(mesh, abstract)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, layout)
 
 
 def path_name(path: tuple[Any, ...]) -> str:

@@ -29,10 +29,10 @@ from jax.experimental import multihost_utils
 from sddit_jax.errors import CheckpointError
 from sddit_jax.files import sha256_of, write_whole
 from sddit_jax.parallel.sharding import path_name
+from sddit_jax.runs.formats import FORMAT_VERSION, READABLE, as_format_2, from_format_2
 
 log = logging.getLogger("sddit_jax")
 
-FORMAT_VERSION = 2
 MANIFEST = "MANIFEST.sha256"
 # Orbax writes these two while it commits, when the manifest is already written.
 _COMMIT_FILES = {"_CHECKPOINT_METADATA", "commit_success.txt"}
@@ -129,10 +129,6 @@ class Checkpointer:
         """The steps that have a checkpoint, in order, the one that is being written included."""
         return sorted(self._manager.all_steps())
 
-    def latest_step(self) -> int | None:
-        """The last of `all_steps`."""
-        return max(self.all_steps(), default=None)
-
     def pin(self, step: int | None) -> None:
         """Keeps the checkpoint of `step`, which may be saved after this, and no longer that of an earlier call.
 
@@ -227,10 +223,10 @@ class Checkpointer:
         self._check_files(step, {"meta"})
         item = ocp.args.Composite(meta=ocp.args.JsonRestore())
         meta = self._manager.restore(step, args=item).meta
-        if meta["format_version"] != FORMAT_VERSION:
-            found = meta["format_version"]
+        if meta["format_version"] not in READABLE:
+            found, readable = meta["format_version"], " and ".join(map(str, READABLE))
             raise CheckpointError(
-                f"{self._path(step)} has format {found}, but this version of sddit_jax reads {FORMAT_VERSION}: read it "
+                f"{self._path(step)} has format {found}, but this version of sddit_jax reads {readable}: read it "
                 f"with the version that wrote it ({meta.get('versions', {}).get('sddit-jax', 'unknown')})"
             )
         return meta
@@ -252,17 +248,16 @@ class Checkpointer:
         shapes, digests = (
             {path: x for path, x in meta[key].items() if _item(path) in items} for key in ("shapes", "digests")
         )
-        if abstract["ema"] is None:
-            abstract = {**abstract, **_replicated(shapes)}
-        if other := _difference(shapes, _shapes(abstract)):
+        stored = _as_stored(abstract, shapes, meta["format_version"])
+        if other := _difference(shapes, _shapes(stored)):
             raise CheckpointError(f"{self._path(step)} is of another model: {other}")
-        args = {item: ocp.args.StandardRestore(tree) for item, tree in _items(abstract).items()}
+        args = {item: ocp.args.StandardRestore(tree) for item, tree in _items(stored).items()}
         restored = dict(self._manager.restore(step, args=ocp.args.Composite(**args)).items())
         state = {**restored.get("train", {}), "ema": restored["ema"]}
-        state = jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(state))
+        state = jax.tree.unflatten(jax.tree.structure(stored), jax.tree.leaves(state))
         if changed := _difference(digests, digest(state)):
             raise _DamagedError(f"{self._path(step)}: {changed}")
-        return state, meta
+        return from_format_2(state, abstract) if meta["format_version"] == 2 else state, meta
 
     def _check_files(self, step: int, items: set[str]) -> None:
         fault = _fault(self._path(step), items) if jax.process_index() == 0 else ""
@@ -329,6 +324,16 @@ def _items(state: Mapping[str, Any]) -> dict[str, Any]:
 
     train = with_leaves({key: tree for key, tree in state.items() if key != "ema"})
     return {"ema": state["ema"], "train": train} if train else {"ema": state["ema"]}
+
+
+def _as_stored(abstract: Mapping[str, Any], shapes: Mapping[str, str], format_version: int) -> Mapping[str, Any]:
+    """An abstract state as a checkpoint of a format lays it out; without an `ema`, all of its leaves, replicated."""
+    if abstract["ema"] is None:
+        return {**abstract, **_replicated(shapes)}
+    if format_version != 2:
+        return abstract
+    ema = _replicated({path: shape for path, shape in shapes.items() if path.startswith("ema/default/head/")})
+    return as_format_2(abstract, ema["ema"]["default"]["head"] if ema else {})
 
 
 def _item(path: str) -> str:

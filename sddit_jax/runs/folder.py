@@ -7,15 +7,16 @@ from typing import Any
 import jax
 
 from sddit_jax.config import border
+from sddit_jax.config.checks import check_guide
+from sddit_jax.config.parts import make_network, make_parts
 from sddit_jax.config.schema import Config
 from sddit_jax.errors import CheckpointError, ConfigError
 from sddit_jax.files import read_json, write_json
 from sddit_jax.method.codec import check_codec
-from sddit_jax.method.state import Parts, State, make_parts
+from sddit_jax.method.state import State
 from sddit_jax.models.transformer import Network
-from sddit_jax.parallel import sharding
+from sddit_jax.parallel.sharding import abstract_state
 from sddit_jax.runs.checkpoint import Checkpointer
-from sddit_jax.sampling.guidance import check_guide
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -40,13 +41,6 @@ def open_checkpoints(workdir: Path) -> Checkpointer:
     if not (workdir / CHECKPOINTS).is_dir():
         raise CheckpointError(f"{workdir} has no checkpoints; it should be the folder of a run")
     return Checkpointer(workdir / CHECKPOINTS, read_only=True)
-
-
-def abstract_state(parts: Parts, mesh: jax.sharding.Mesh) -> State:
-    """Shape, dtype and layout of every array of a train state on a mesh."""
-    abstract = jax.eval_shape(parts.init_state, jax.random.key(0))
-    layout = sharding.shardings(mesh, abstract)
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, layout)
 
 
 def restore_run(
@@ -76,4 +70,4 @@ def restore_guide(
     guide = border.resolve(meta["config"])
     check_guide(config, guide)
     check_codec(f"the guide {workdir}", meta["codec"], "what the network that it is to guide learnt", codec)
-    return make_parts(guide).network, ema["default"], meta
+    return make_network(guide), ema["default"], meta

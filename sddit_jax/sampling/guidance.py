@@ -15,8 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sddit_jax.config import schema
-from sddit_jax.errors import UserError
 from sddit_jax.method.diffusion import Diffusion
 from sddit_jax.models.transformer import Network
 
@@ -54,7 +52,7 @@ def make_output(
     F's. F_worse is that of `guide`, or without one that of the null label. With a guidance of 1 it is not computed at
     all. The denoised image is linear in F, so this is guidance of the denoised image too.
     """
-    null_B = jnp.full_like(label_B, network.model.num_classes)
+    null_B = jnp.full_like(label_B, network.null_label)
 
     def output(x_BHWC: jax.Array, sigma: jax.Array) -> jax.Array:
         def one(x: jax.Array, label: jax.Array) -> jax.Array:
@@ -80,15 +78,20 @@ def make_guided(
     diffusion: Diffusion,
     params: Any,
     label_B: jax.Array,
-    sampling: schema.Sampling,
+    guidance: float,
+    interval: tuple[float, float] = (0.0, 0.0),
+    channels: int = 0,
     guide: Output | None = None,
 ) -> Output | Piecewise:
-    """The output with the guidance of a configuration: within its interval guided, elsewhere not; see `make_output`."""
+    """The output, guided where low < sigma <= high of the interval, and elsewhere not; see `make_output`.
+
+    A high end of 0 is none.
+    """
     unguided = make_output(network, diffusion, params, label_B, 1.0)
-    if sampling.guidance == 1:
+    if guidance == 1:
         return unguided
-    low, high = sampling.guidance_interval
-    guided = make_output(network, diffusion, params, label_B, sampling.guidance, sampling.guidance_channels, guide)
+    low, high = interval
+    guided = make_output(network, diffusion, params, label_B, guidance, channels, guide)
     return Piecewise(guided, unguided, low, high or math.inf)
 
 
@@ -106,19 +109,3 @@ def make_denoise(output: Output | Piecewise, diffusion: Diffusion) -> Denoise | 
         return diffusion.denoised(x_BHWC, output(x_BHWC, sigma), sigma_B)
 
     return denoise
-
-
-def check_guide(config: schema.Config, guide: schema.Config) -> None:
-    """Raises UserError if a network of `guide` cannot guide one of `config`: another image, label or preconditioning.
-
-    The sizes of the networks and their methods may differ.
-    """
-    keys = (
-        *("model.image_size", "model.channels", "model.num_classes", "diffusion.name", "diffusion.sigma_data"),
-        *("codec.name", "codec.mean", "codec.scale"),
-    )
-    for key in keys:
-        section, name = key.split(".")
-        own, other = (getattr(getattr(c, section), name) for c in (config, guide))
-        if own != other:
-            raise UserError(f"the guide has {key} {other}, but the network that it is to guide {own}: they must agree")

@@ -6,13 +6,13 @@ over the noise levels is as many loops as there are runs of steps with the same 
 
 import itertools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sddit_jax.method.diffusion import DDPM
+from sddit_jax.method.diffusion import Diffusion
 from sddit_jax.sampling.guidance import Denoise, Output, Piecewise
 
 StepNoise = Callable[[jax.Array], jax.Array]
@@ -25,15 +25,16 @@ def noise_levels(steps: int, sigma_min: float, sigma_max: float, rho: float) -> 
     return np.append((ends[0] + ramp * (ends[1] - ends[0])) ** rho, 0.0).astype(np.float32)
 
 
-def respaced_levels(steps: int, diffusion: DDPM) -> np.ndarray:
-    """`steps` of DDPM's own noise levels, evenly spaced from the last to the first, then 0: float32 [steps + 1].
+def respaced_levels(steps: int, diffusion: Diffusion) -> np.ndarray:
+    """`steps` of a diffusion's own noise levels, evenly spaced from the last to the first, then 0: float32 [steps + 1].
 
     Rounded as in DiT's code, which adds up the stride from 0; one step starts at the last level.
     """
+    last = len(diffusion.sigmas) - 1
     if steps == 1:
-        chosen = np.array([diffusion.steps - 1])
+        chosen = np.array([last])
     else:
-        stride = (diffusion.steps - 1) / (steps - 1)
+        stride = last / (steps - 1)
         chosen = np.rint(np.cumsum([0.0, *[stride] * (steps - 1)])).astype(int)
     return np.append(diffusion.sigmas[chosen][::-1], np.float32(0))
 
@@ -58,7 +59,18 @@ def heun(denoise: Denoise | Piecewise, noise_BHWC: jax.Array, sigmas: np.ndarray
     noise_BHWC: unit normal. 2 * steps - 1 calls of `denoise`: the last step, to noise level 0, is Euler's, which
     lands on the denoised image itself.
     """
-    return stochastic(denoise, noise_BHWC, sigmas, sigmas[:-1], 0.0, jnp.zeros_like)
+
+    def step(x: jax.Array, xs: tuple[jax.Array, jax.Array], denoise: Denoise, denoise_there: Denoise) -> jax.Array:
+        sigma, following = xs
+        slope = (x - denoise(x, sigma)) / sigma
+        euler = x + (following - sigma) * slope
+        slope_there = (euler - denoise_there(euler, following)) / following
+        return x + (following - sigma) * (slope + slope_there) / 2
+
+    at = _at(denoise, sigmas[:-1])
+    xs = sigmas[:-2], sigmas[1:-1]
+    x_BHWC = _loop(step, noise_BHWC * sigmas[0], xs, itertools.pairwise(at))
+    return at[-1](x_BHWC, jnp.asarray(sigmas[-2]))
 
 
 def stochastic(
@@ -138,7 +150,7 @@ def dpmpp_2m(denoise: Denoise | Piecewise, noise_BHWC: jax.Array, sigmas: np.nda
 
 def ancestral(
     output: Output | Piecewise,
-    diffusion: DDPM,
+    diffusion: Diffusion,
     noise_BHWC: jax.Array,
     sigmas: np.ndarray,
     step_noise: StepNoise,
@@ -169,6 +181,45 @@ def ancestral(
     x_BHWC = _loop(step, noise_BHWC * sigmas[0], xs, zip(outputs[:-1], strict=True))
     last = jnp.full(x_BHWC.shape[0], sigmas[-2], jnp.float32)
     return diffusion.denoised(x_BHWC, outputs[-1](x_BHWC, jnp.asarray(sigmas[-2])), last)
+
+
+class Problem(NamedTuple):
+    """All that a solver may use.
+
+    denoise(x, sigma) -> D and output(x, sigma) -> F, for a scalar sigma; either may be `Piecewise`. noise_BHWC: unit
+    normal; the solver starts from noise_BHWC * sigmas[0]. sigmas: float32 [steps + 1], falling, the last 0. raised:
+    `churned_levels`. step_noise(i): the unit normal noise of step i, [B, H, W, C].
+    """
+
+    denoise: Denoise | Piecewise
+    output: Output | Piecewise
+    diffusion: Diffusion
+    noise_BHWC: jax.Array
+    sigmas: np.ndarray
+    raised: np.ndarray
+    s_noise: float
+    step_noise: StepNoise
+
+
+class Solver(NamedTuple):
+    """solve(problem) -> the image at noise level 0, which is the denoised image at the last level above it.
+
+    own_levels: it goes through the levels of the diffusion's own table (`respaced_levels`), not through EDM's.
+    """
+
+    solve: Callable[[Problem], jax.Array]
+    own_levels: bool = False
+
+
+# Adding a solver is one function and one row.
+SOLVERS: dict[str, Solver] = {
+    "heun": Solver(lambda p: heun(p.denoise, p.noise_BHWC, p.sigmas)),
+    "euler": Solver(lambda p: euler(p.denoise, p.noise_BHWC, p.sigmas)),
+    "stochastic": Solver(lambda p: stochastic(p.denoise, p.noise_BHWC, p.sigmas, p.raised, p.s_noise, p.step_noise)),
+    "dpmpp_2m": Solver(lambda p: dpmpp_2m(p.denoise, p.noise_BHWC, p.sigmas)),
+    "ddim": Solver(lambda p: euler(p.denoise, p.noise_BHWC, p.sigmas), own_levels=True),
+    "ddpm": Solver(lambda p: ancestral(p.output, p.diffusion, p.noise_BHWC, p.sigmas, p.step_noise), own_levels=True),
+}
 
 
 def _at(function: Output | Denoise | Piecewise, sigmas: np.ndarray) -> list[Output | Denoise]:

@@ -5,7 +5,8 @@ import ml_collections
 import pytest
 from helpers import make_config
 
-from sddit_jax.config.border import METHODS, Config, default_config, flatten, identity_differences, resolve, to_dict
+from sddit_jax.config.border import Config, flatten, identity_differences, resolve, to_dict
+from sddit_jax.config.presets import METHODS, default_config
 from sddit_jax.errors import ConfigError
 
 
@@ -109,6 +110,12 @@ def test_wrong_types(key, value, wanted):
     assert repr(value[0] if value == ("0",) else value) in message
 
 
+def test_the_diffusion_of_a_run_of_format_2_lay_in_one_section():
+    old = {"name": "ddpm", "sigma_data": 0.5, "sigma_max": 40.0}
+    found = resolve({"diffusion": old, "sampling": {"solver": "ddpm"}}).diffusion
+    assert (found.name, found.edm.sigma_max) == ("ddpm", 40.0)
+
+
 def test_an_int_may_stand_for_a_float_and_a_list_for_a_tuple():
     config = resolve({"ema": {"decay": 1}, "codec": {"mean": [0, 1, 2, 3]}})
     assert type(config.ema.decay) is float
@@ -146,8 +153,8 @@ def test_choices(key):
         ("batch_size", 0),
         ("model.num_classes", -1),
         ("model.dtype", "float16"),
-        ("diffusion.sigma_data", 0.0),
-        ("diffusion.sigma_max", float("nan")),
+        ("diffusion.edm.sigma_data", 0.0),
+        ("diffusion.edm.sigma_max", float("nan")),
         ("masking.ratio", 1.0),
         ("masking.ratio", -0.1),
         ("masking.ratio", float("nan")),
@@ -178,10 +185,13 @@ def test_values_that_no_schema_may_allow(key, value):
             {"masking": {"ratio": 0.0}, "objectives": {"reconstruction": {"weight": 0.1}}},
             ["objectives.reconstruction.weight is 0.1", "masking.ratio is 0"],
         ),
-        ({"diffusion": {"sigma_max": 0.002}}, ["diffusion.sigma_max 0.002", "diffusion.sigma_min 0.002"]),
+        (
+            {"diffusion": {"edm": {"sigma_max": 0.002}}},
+            ["diffusion.edm.sigma_max 0.002", "diffusion.edm.sigma_min 0.002"],
+        ),
         (
             {"sampling": {"sigma_max": 0.001}},
-            ["noise level 0.001 (sampling.sigma_max", "0.002 (sampling.sigma_min, or diffusion.sigma_min"],
+            ["noise level 0.001 (sampling.sigma_max", "0.002 (sampling.sigma_min, or the diffusion's sigma_min"],
         ),
         ({"sampling": {"sigma_min": 90.0}}, ["noise level 80.0", "to 90.0 (sampling.sigma_min"]),
         (

@@ -5,16 +5,16 @@ import pytest
 from helpers import make_config
 
 from sddit_jax.config import sizes
+from sddit_jax.config.parts import make_network
 from sddit_jax.errors import ConfigError
-from sddit_jax.models.transformer import Network
 
 DIT = {"model.learn_sigma": True, "model.null_label": "row"}
 
 
 def shapes(method, size, **changes):
-    model = {f"model.{key}": value for key, value in sizes.decode(size).items()}
+    model = {f"model.{key}": value for key, value in sizes.parse(size).items()}
     config = make_config(method, {**model, **changes})
-    return config.model, jax.eval_shape(Network(config).init, jax.random.key(0))
+    return config.model, jax.eval_shape(make_network(config).init, jax.random.key(0))
 
 
 def count(tree):
@@ -82,6 +82,6 @@ def test_total_parameters_of_dit(size, total):
 @pytest.mark.parametrize("size", ["", "XL", "M/2", "XL/3", "xl/2", "DiT-XL/2", "S/2/2", "S/02"])
 def test_unknown_sizes_are_named(size):
     with pytest.raises(ConfigError) as error:
-        sizes.decode(size)
+        sizes.parse(size)
     assert repr(size) in str(error.value)
     assert "S, B, L, XL, H" in str(error.value)

@@ -2,7 +2,7 @@
 
 import ml_collections
 
-from sddit_jax.config.border import default_config
+from sddit_jax.config.presets import default_config
 
 
 def get_config(path: str) -> ml_collections.ConfigDict:

@@ -2,7 +2,7 @@
 
 import ml_collections
 
-from sddit_jax.config.border import CONDITION_CENTERING, default_config
+from sddit_jax.config.presets import CONDITION_CENTERING, default_config
 
 
 def get_config(method: str = "sd_dit") -> ml_collections.ConfigDict:

@@ -10,13 +10,13 @@ import jax
 import pytest
 from helpers import make_config
 from jax.sharding import AbstractMesh
-from tiny import CONDITION, QUICK, tiny_parts
+from tiny import CONDITION, QUICK, smallest_config, tiny_parts
 
 from sddit_jax.config.border import resolve
-from sddit_jax.config.recipes import imagenet
+from sddit_jax.config.parts import make_parts
+from sddit_jax.config.presets import imagenet
 from sddit_jax.cost import aot, flops, hlo
 from sddit_jax.errors import ConfigError, UserError
-from sddit_jax.method.state import make_parts
 from sddit_jax.method.train_step import make_train_step
 from sddit_jax.parallel import sharding
 from sddit_jax.runs.folder import abstract_state
@@ -39,12 +39,13 @@ FSDP = {"parallel.data": 1, "parallel.fsdp": 8}
 )
 def test_a_step_moves_weights_gradients_and_means_and_nothing_else(method, changes):
     changes = {"model.width": 32, "model.heads": 4} | changes
-    mesh = sharding.make_mesh(tiny_parts(method, changes).config.parallel)
+    config = smallest_config(method, changes)
+    mesh = sharding.make_mesh(config.parallel)
     parts = tiny_parts(method, changes, sharding.make_constrain(mesh))
     state = abstract_state(parts, mesh)
     layout = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = jax.jit(make_train_step(parts), out_shardings=(layout, sharding.replicated(mesh)), compiler_options=QUICK)
-    text = step.lower(state, aot.abstract_batch(parts.config, mesh)).compile().as_text()
+    text = step.lower(state, aot.abstract_batch(config, mesh)).compile().as_text()
     rows = aot.collectives_by_purpose(hlo.collectives(text))
     assert {row["kind"] for row in rows} <= {"all-gather", "all-reduce", "reduce-scatter"}
     assert not [row["purpose"] for row in rows if "unexplained" in row["purpose"]]

@@ -6,9 +6,9 @@ import pytest
 from helpers import products, tiny_config
 
 from sddit_jax.config.border import resolve
-from sddit_jax.config.recipes import imagenet
+from sddit_jax.config.parts import make_parts
+from sddit_jax.config.presets import imagenet
 from sddit_jax.cost import flops
-from sddit_jax.method.state import make_parts
 from sddit_jax.method.train_step import make_train_step
 from sddit_jax.models.masking import visible_count
 

@@ -18,15 +18,15 @@ from helpers import tiny_config
 from latents import imagenet_of_tfds
 from PIL import Image
 
-from sddit_jax.config.border import default_config, resolve
-from sddit_jax.config.recipes import imagenet
-from sddit_jax.config.schema import Parallel
+from sddit_jax.config.border import resolve
+from sddit_jax.config.parts import make_parts
+from sddit_jax.config.presets import default_config, imagenet
+from sddit_jax.config.schema import ParallelConfig
 from sddit_jax.data.preparation import make_encode, make_plan, prepare
 from sddit_jax.data.sources import open_source
 from sddit_jax.errors import ConfigError, WeightsError
 from sddit_jax.generation.autoencoder_decoding import load_decode
 from sddit_jax.method.codec import LatentCodec
-from sddit_jax.method.state import make_parts
 from sddit_jax.method.train_step import clean, draw, step_key
 from sddit_jax.models.autoencoder import Autoencoder
 from sddit_jax.parallel.sharding import batch_sharding, make_mesh
@@ -119,7 +119,7 @@ def test_imagenet_of_tfds_becomes_samples(vae, tmp_path):
     ):
         source = open_source("tfds:imagenet2012", split="validation[:12]", image_size=64, channels=3)
         plan = make_plan(source, "validation[:12]", autoencoder, params, batch_size=8, records_per_shard=8)
-        prepare(source, plan, make_encode(autoencoder, params, make_mesh(Parallel())), output, num_threads=2)
+        prepare(source, plan, make_encode(autoencoder, params, make_mesh(ParallelConfig())), output, num_threads=2)
     flags = ("--config.data.split=validation", "--config.model.num_classes=1000", "--config.data.in_memory=true")
     command("main", config_of(output), f"--workdir={workdir}", *flags)
     command("sample", f"--workdir={workdir}", f"--output={tmp_path}/out", "--num_samples=4", f"--vae={vae}")
@@ -132,14 +132,14 @@ def test_a_tiny_autoencoder_decodes_what_diffusion_sees(tmp_path):
     tiny = make_tiny()
     tiny.save_pretrained(tmp_path / "taesd")
     codec = {"name": "latents", "channels": 4, "weights": "of another encoder", "mean": [0.1], "scale": [0.5]}
-    decode = load_decode(str(tmp_path / "taesd"), codec, make_mesh(Parallel()))
+    decode = load_decode(str(tmp_path / "taesd"), codec, make_mesh(ParallelConfig()))
     latents = np.random.default_rng(0).normal(size=(8, 4, 4, 4)).astype(np.float32)
     z = torch.tensor(((latents - 0.1) * 0.5).transpose(0, 3, 1, 2))
     with torch.no_grad():
         expected = (127.5 * tiny.decode(z).sample + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
     assert np.abs(np.asarray(decode(latents), int) - expected.numpy()).max() <= 1
     with pytest.raises(WeightsError, match="has 4 latent channels, but the network learnt 16"):
-        load_decode(str(tmp_path / "taesd"), codec | {"channels": 16}, make_mesh(Parallel()))
+        load_decode(str(tmp_path / "taesd"), codec | {"channels": 16}, make_mesh(ParallelConfig()))
 
 
 def test_a_run_on_latents_is_continued_bit_for_bit(latents, tmp_path):
@@ -220,7 +220,7 @@ def test_each_step_draws_samples_of_its_own():
         drawn = draw(step_key(parts, step), parts, eps, batch["label"])
         for other in (drawn["eps"], second if step == 0 else first, eps[::-1]):
             assert abs(np.corrcoef(eps.ravel(), np.ravel(other))[0, 1]) < 0.15  # of 768 values: 0.036 expected
-    sharded = jax.device_put(batch, batch_sharding(make_mesh(Parallel(data=4), jax.devices()[:4])))
+    sharded = jax.device_put(batch, batch_sharding(make_mesh(ParallelConfig(data=4), jax.devices()[:4])))
     np.testing.assert_array_equal(jax.jit(lambda b: clean(parts, b, 0))(sharded), first)
 
 

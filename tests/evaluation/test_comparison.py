@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sddit_jax.config.schema import Parallel
+from sddit_jax.config.schema import ParallelConfig
 from sddit_jax.data.sources import open_source
 from sddit_jax.errors import DataError, UserError
 from sddit_jax.evaluation import metrics
@@ -58,7 +58,7 @@ def test_features_are_computed_on_all_devices_in_batches_of_one_shape():
         x = images.reshape(len(images), -1).astype("float32")
         return Features(jax.numpy.matmul(x, projection, precision="highest"))
 
-    mesh = sharding.make_mesh(Parallel())
+    mesh = sharding.make_mesh(ParallelConfig())
     space = FeatureSpace("random", on_devices(function, PROJECTION, mesh, 12), {"name": "random"})
     samples = measure(space, batches(FAKE, 12), keep=True)
     assert shapes == [(16, 6, 6, 3)]
@@ -214,7 +214,7 @@ def test_features_that_cannot_be_compared_are_refused():
     with pytest.raises(DataError, match="12,288 values"):
         measure(pixels_space(), iter([np.zeros((2, 64, 64, 3), np.uint8)]), keep=False)
     with pytest.raises(UserError, match="pt_inception"):
-        open_space("inception", "", sharding.make_mesh(Parallel()), 8)
+        open_space("inception", "", sharding.make_mesh(ParallelConfig()), 8)
 
 
 def write_folder(folder, images, mode=None):

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from latents import make_plan, values, write_latents
 from PIL import Image
-from tiny import assert_same_bits, jit, noised_state, tiny_parts
+from tiny import assert_same_bits, jit, noised_state, smallest_config, tiny_parts
 
 from sddit_jax.config.border import to_dict
-from sddit_jax.config.schema import Parallel
+from sddit_jax.config.parts import make_parts
+from sddit_jax.config.schema import ParallelConfig
 from sddit_jax.data.sources import held_out_split
 from sddit_jax.errors import DataError, UserError
 from sddit_jax.evaluation import representation
@@ -31,14 +32,14 @@ PIXELS = {"name": "pixels"}
 
 
 def make_images(parts, count=21, stream=0):
-    m, rng = parts.config.model, np.random.default_rng(0)
+    m, rng = parts.network.model, np.random.default_rng(0)
     image = rng.integers(0, 256, (count, m.image_size, m.image_size, m.channels), np.uint8)
     return Images({"image": image}, rng.integers(0, m.num_classes, count), np.arange(count) * 3, stream)
 
 
 def on_mesh(devices, changes=None, batch_size=2, seed=0):
     """Parts, the encoder of a state in which nothing is 0, and `Features`, on so many devices."""
-    mesh = make_mesh(Parallel(data=1, fsdp=-1), jax.devices()[:devices])
+    mesh = make_mesh(ParallelConfig(data=1, fsdp=-1), jax.devices()[:devices])
     parts = tiny_parts("sd_dit", changes, make_constrain(mesh))
     encoder = noised_state(parts)["ema"]["default"]["encoder"]
     encoder = jax.device_put(encoder, shardings(mesh, encoder))
@@ -54,8 +55,9 @@ def test_features_are_what_the_encoder_gives_for_the_null_label(cls_token):
     eps = np.stack([jax.random.normal(jax.random.fold_in(key, i), (8, 8, 3)) for i in images.index_n])
     x = parts.codec.encode(images.batch["image"]) + np.float32(0.7) * eps
     inputs = parts.diffusion.network_input(x, jnp.full(21, 0.7))
-    null = np.full(21, parts.config.model.num_classes, np.int32)
-    hidden = np.asarray(parts.network.encode({"encoder": encoder}, *inputs, null, return_hidden=True).hidden)
+    null = np.full(21, parts.network.null_label, np.int32)
+    tapped = parts.network.encode({"encoder": encoder}, *inputs, null, taps=(1, 2)).tapped
+    hidden = np.stack([tapped[1], tapped[2]])
     expected = hidden[:, :, cls_token:].mean(axis=2).swapaxes(0, 1)
     np.testing.assert_allclose(found["mean"], expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(
@@ -92,11 +94,11 @@ def test_features_depend_on_image_seed_and_number_alone():
 
 def test_an_untrained_network_tells_no_image_from_another_by_cls_and_its_blocks_do_nothing():
     parts, _, features = on_mesh(8)
-    encoder = untrained_encoder(parts, make_mesh(Parallel(data=1, fsdp=-1)))
+    encoder = untrained_encoder(parts, make_mesh(ParallelConfig(data=1, fsdp=-1)))
     found = features.pooled(encoder, make_images(parts), 0.7, [1, 2])
     assert np.ptp(found["cls"], axis=0).max() == 0
     np.testing.assert_array_equal(found["mean"][:, 0], found["mean"][:, 1])
-    fresh = jit(tiny_parts("sd_dit").network.init)(jax.random.key(parts.config.seed))["encoder"]
+    fresh = jit(tiny_parts("sd_dit").network.init)(jax.random.key(parts.seed))["encoder"]
     np.testing.assert_allclose(encoder["patch"]["kernel"], fresh["patch"]["kernel"], rtol=1e-5)
 
 
@@ -109,19 +111,19 @@ def test_blocks_are_computed_in_as_many_passes_as_memory_asks_for(monkeypatch):
     assert representation.probe(features, {"ema": encoder}, encoder, train, test, [0.1], [1, 2]) == together
 
 
-def save_run(workdir, parts, state, codec=PIXELS):
-    write_config(workdir, parts.config)
+def save_run(workdir, config, state, codec=PIXELS):
+    write_config(workdir, config)
     with closing(Checkpointer(workdir / CHECKPOINTS)) as checkpointer:
-        checkpointer.save(0, state, {"config": to_dict(parts.config), "codec": codec})
+        checkpointer.save(0, state, {"config": to_dict(config), "codec": codec})
 
 
 def test_each_encoder_of_a_run_is_found(tmp_path):
     parts = tiny_parts("sd_dit")
     state = noised_state(parts)
-    save_run(tmp_path, parts, state)
-    mesh = make_mesh(Parallel(data=1, fsdp=-1))
+    save_run(tmp_path, smallest_config("sd_dit"), state)
+    mesh = make_mesh(ParallelConfig(data=1, fsdp=-1))
     _, found, _ = load_encoders(tmp_path, mesh, ["params", "teacher", "ema"])
-    assert_same_bits(found["params"], state["params"]["encoder"])
+    assert_same_bits(found["params"], state["params"]["network"]["encoder"])
     assert_same_bits(found["ema"], state["ema"]["default"]["encoder"])
     assert_same_bits(found["teacher"], state["aux"]["discrimination"]["teacher"]["encoder"])
     assert list(load_encoders(tmp_path, mesh)[1]) == ["ema", "teacher"]
@@ -134,21 +136,21 @@ def test_each_encoder_of_a_run_is_found(tmp_path):
     ("method", "changes"), [("dit_decoder", {}), ("sd_dit", {"objectives.discrimination.teacher": "ema"})]
 )
 def test_a_run_without_a_teacher_of_its_own_says_so(tmp_path, method, changes):
-    parts = tiny_parts(method, changes)
-    save_run(tmp_path, parts, noised_state(parts))
-    mesh = make_mesh(Parallel(data=1, fsdp=-1))
+    config = smallest_config(method, changes)
+    save_run(tmp_path, config, noised_state(make_parts(config)))
+    mesh = make_mesh(ParallelConfig(data=1, fsdp=-1))
     assert list(load_encoders(tmp_path, mesh)[1]) == ["ema"]
     with pytest.raises(UserError, match="no teacher of its own"):
         load_encoders(tmp_path, mesh, ["teacher"])
 
 
-def digits_parts(**changes):
-    return tiny_parts("sd_dit", {"model.channels": 1, "model.num_classes": 10, "data.source": "digits",
+def digits_config(**changes):
+    return smallest_config("sd_dit", {"model.channels": 1, "model.num_classes": 10, "data.source": "digits",
                                  "data.num_threads": 2, **changes})  # fmt: skip
 
 
 def test_a_source_without_a_test_split_is_split_by_index():
-    config = digits_parts().config
+    config = digits_config()
     train, test, record = load_images(config, PIXELS)
     assert (len(train.index_n), len(test.index_n)) == (1438, 359)
     assert sorted([*train.index_n, *test.index_n]) == list(range(1797))
@@ -177,7 +179,7 @@ def test_a_source_with_a_test_split_is_tested_on_it(tmp_path):
     assert held_out_split(spec, "val") == "test"
     assert held_out_split(f"folder:{tmp_path / 'train'}", "train") is None
     assert held_out_split("digits", "train") is None
-    config = digits_parts().config
+    config = digits_config()
     train, test, record = load_images(config, PIXELS, source=spec)
     assert (len(train.index_n), len(test.index_n), train.stream, test.stream) == (6, 2, 0, 1)
     assert record["test"]["source"].endswith("/val")
@@ -191,7 +193,7 @@ def test_a_source_with_a_test_split_is_tested_on_it(tmp_path):
 def test_an_image_in_place_of_a_bad_one_is_not_used_twice(tmp_path):
     write_folder(tmp_path, all=10)
     (tmp_path / "all" / "ant" / "3.png").write_bytes(b"")
-    train, test, _ = load_images(digits_parts().config, PIXELS, source=f"folder:{tmp_path / 'all'}")
+    train, test, _ = load_images(digits_config(), PIXELS, source=f"folder:{tmp_path / 'all'}")
     assert len(train.index_n) + len(test.index_n) == 19
 
 
@@ -204,20 +206,20 @@ def test_latents_are_the_means_of_their_moments(tmp_path):
     plan = make_plan(latent_shape=(4, 4, 3), records=23)
     write_latents(tmp_path, plan)
     parts = tiny_parts("sd_dit", LATENTS)
-    train, _, _ = load_images(parts.config, LATENT_CODEC, source=f"latents:{tmp_path}")
+    train, _, _ = load_images(smallest_config("sd_dit", LATENTS), LATENT_CODEC, source=f"latents:{tmp_path}")
     expected = (values(plan)[train.index_n, 0, 0].astype(np.float32) - 0.25) * 0.5
     np.testing.assert_allclose(parts.codec.expected(train.batch), expected, rtol=1e-6)
     for other in (PIXELS, LATENT_CODEC | {"weights": "0"}):
         with pytest.raises(DataError, match="the network learnt data of codec"):
-            load_images(parts.config, other, source=f"latents:{tmp_path}")
+            load_images(smallest_config("sd_dit", LATENTS), other, source=f"latents:{tmp_path}")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The workdir of a run on the digits, and a function that probes it, or another."""
     workdir = tmp_path_factory.mktemp("run")
-    parts = digits_parts()
-    save_run(workdir, parts, noised_state(parts))
+    config = digits_config()
+    save_run(workdir, config, noised_state(make_parts(config)))
     environment = os.environ | {"XLA_FLAGS": "", "OMP_NUM_THREADS": "1"}
 
     def probed(*arguments, workdir=workdir, code=0):
@@ -268,8 +270,8 @@ def test_by_default_the_ema_and_the_teacher_are_probed(run, tmp_path):
 def test_a_run_on_latents_is_probed(run, tmp_path):
     _, probed = run
     write_latents(tmp_path / "latents", make_plan(latent_shape=(4, 4, 3), records=60))
-    parts = tiny_parts("sd_dit", LATENTS | {"data.source": f"latents:{tmp_path}/latents"})
-    save_run(tmp_path, parts, noised_state(parts), LATENT_CODEC)
+    config = smallest_config("sd_dit", LATENTS | {"data.source": f"latents:{tmp_path}/latents"})
+    save_run(tmp_path, config, noised_state(make_parts(config)), LATENT_CODEC)
     probed("--sigmas=0.5", "--weights=ema", workdir=tmp_path)
     record = json.loads((tmp_path / "probe" / "probe.json").read_text())
     assert record["latents"] == "means of the moments"

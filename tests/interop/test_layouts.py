@@ -6,11 +6,11 @@ import pytest
 from helpers import make_config, tiny_config
 
 from sddit_jax.config.border import resolve
+from sddit_jax.config.parts import make_network
 from sddit_jax.config.sizes import PATCHES, SIZES, decode
 from sddit_jax.errors import WeightsError
 from sddit_jax.interop.layouts import DIT, MASKDIT, OWN, fit, homeless, shapes_of, shared_prefix
 from sddit_jax.interop.state_dict import to_state_dict
-from sddit_jax.models.transformer import Network
 from sddit_jax.weights.files import Tensor
 
 DIT_CHANGES = {"model.learn_sigma": True, "model.null_label": "row"}
@@ -33,7 +33,7 @@ def as_file(layout, network, params):
 
 def tiny(method="maskdit", **changes):
     config = tiny_config(method, {key.replace("__", "."): value for key, value in changes.items()})
-    network = Network(config)
+    network = make_network(config)
     params = jax.tree.map(
         lambda leaf: np.random.default_rng(leaf.size).standard_normal(leaf.shape, np.float32),
         jax.eval_shape(network.init, jax.random.key(0)),
@@ -42,7 +42,7 @@ def tiny(method="maskdit", **changes):
 
 
 def test_maskdits_names_in_their_order():
-    entries = MASKDIT.entries(Network(published("maskdit", "S/2", {})))
+    entries = MASKDIT.entries(make_network(published("maskdit", "S/2", {})))
     names = list(entries)
     assert len(names) == 218
     assert names[:6] == [
@@ -72,15 +72,15 @@ def test_maskdits_names_in_their_order():
     [("S/2", 32, 68_346_256), ("XL/2", 32, 730_541_200), ("H/8", 32, 1_010_002_432), ("XL/2", 64, 731_819_152)],
 )
 def test_maskdits_parameters_are_as_many_as_in_its_code(size, image_size, count):
-    network = Network(published("maskdit", size, {"model.image_size": image_size}))
+    network = make_network(published("maskdit", size, {"model.image_size": image_size}))
     assert sum(int(np.prod(entry.shape)) for entry in MASKDIT.entries(network).values()) == count
 
 
 def test_dits_names_and_parameters_are_as_many_as_in_its_code():
     for size, count in (("S/8", 33_148_160), ("XL/2", 675_129_632)):
-        entries = DIT.entries(Network(published("dit", size, DIT_CHANGES)))
+        entries = DIT.entries(make_network(published("dit", size, DIT_CHANGES)))
         assert sum(int(np.prod(entry.shape)) for entry in entries.values()) == count
-    entries = DIT.entries(Network(published("dit", "S/2", DIT_CHANGES)))
+    entries = DIT.entries(make_network(published("dit", "S/2", DIT_CHANGES)))
     assert len(entries) == 132
     assert entries["y_embedder.embedding_table.weight"].shape == (1001, 384)
     assert entries["final_layer.linear.weight"].shape == (32, 384)
@@ -100,7 +100,7 @@ def test_the_shapes_of_a_file_tell_its_network(name, patch):
     ]
     for layout, method, changes in cases:
         config = published(method, f"{name}/{patch}", changes)
-        file = {key: entry.shape for key, entry in layout.entries(Network(config)).items()}
+        file = {key: entry.shape for key, entry in layout.entries(make_network(config)).items()}
         inferred = resolve(layout.infer(file))
         assert inferred.model == config.model
         assert inferred.masking == config.masking
@@ -113,7 +113,7 @@ def test_the_shapes_of_a_file_tell_its_network(name, patch):
 def test_a_network_that_no_code_publishes_needs_a_config():
     def without(changes, layout=MASKDIT, method="maskdit"):
         config = published(method, "S/2", changes)
-        return {key: entry.shape for key, entry in layout.entries(Network(config)).items()}
+        return {key: entry.shape for key, entry in layout.entries(make_network(config)).items()}
 
     for file, message in [
         (without({"model.depth": 13}), "13 blocks of width 384: no published model, so --config"),
@@ -137,7 +137,7 @@ def test_a_network_that_no_code_publishes_needs_a_config():
     ],
 )
 def test_what_a_code_has_no_place_for_is_named(layout, method, changes, names):
-    found = homeless(layout, Network(tiny_config(method, changes)))
+    found = homeless(layout, make_network(tiny_config(method, changes)))
     assert found[: len(names) or None][:3] == names
 
 

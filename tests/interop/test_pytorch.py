@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 from helpers import make_config, random_params, tiny_config
-from tiny import CONDITION, draw_batch, float64, jit, make_batch, noised_state, tiny_parts
-from twin import make_teacher, make_twin, namespaces, to_numpy, to_torch
+from tiny import CONDITION, draw_batch, float64, jit, make_batch, noised_state, smallest_config, tiny_parts
+from twin import make_teacher, make_twin, namespaces, to_numpy, to_torch, twin_arrays
 
-from sddit_jax.config.border import METHODS
-from sddit_jax.config.sizes import decode
+from sddit_jax.config.parts import make_network
+from sddit_jax.config.presets import METHODS
+from sddit_jax.config.sizes import parse
 from sddit_jax.interop import pytorch
 from sddit_jax.interop.state_dict import from_state_dict, to_state_dict
 from sddit_jax.method.diffusion import make_diffusion
 from sddit_jax.method.train_step import draw, gradients_of, make_train_step
 from sddit_jax.models.masking import sample_mask
-from sddit_jax.models.transformer import Network
 from sddit_jax.sampling.guidance import make_denoise, make_guided, make_output
 from sddit_jax.sampling.sampler import schedule
 from sddit_jax.sampling.solvers import heun, noise_levels
@@ -29,7 +29,7 @@ DIT = {"model.learn_sigma": True, "model.null_label": "row", "diffusion.name": "
 
 def random_network(config, scale=0.02):
     """Network and parameters of which every output depends."""
-    network = Network(config)
+    network = make_network(config)
     rng = np.random.default_rng(3)
     shapes = jax.eval_shape(network.init, jax.random.key(0))
     return network, jax.tree.map(lambda leaf: scale * rng.standard_normal(leaf.shape, np.float32), shapes)
@@ -54,7 +54,7 @@ def assert_same_network(config, bound):
     @jit
     def denoised(params, mask):
         def f(x, c_noise):
-            return network.decode(params, network.encode(params, x, c_noise, label_B, mask), mask)
+            return network.predict(params, network.encode(params, x, c_noise, label_B, mask), mask)
 
         return diffusion.denoise(f, x_BHWC, sigma_B)
 
@@ -76,7 +76,7 @@ def assert_same_network(config, bound):
                 theirs = twin.guided(tensors[0], torch.full((2,), 0.7), tensors[2], 1.5, channels)
                 assert_close(guided(params), theirs)
         if config.model.decoder_depth:
-            mask = sample_mask(jax.random.key(1), 2, network.tokens, config.masking.ratio or 0.3)
+            mask = sample_mask(jax.random.key(1), 2, network.model.tokens, config.masking.ratio or 0.3)
             assert_close(denoised(params, mask), twin(*tensors, to_torch(mask.visible_BV)))
 
 
@@ -98,13 +98,13 @@ def test_the_same_network(method, changes):
 @pytest.mark.parametrize("size", ["S/2", "S/8", "B/4", "L/8", "XL/2", "H/8"])
 @pytest.mark.parametrize(("method", "changes"), [("maskdit", {}), ("dit", DIT)])
 def test_the_same_network_at_published_sizes(size, method, changes):
-    model = {f"model.{key}": value for key, value in decode(size).items()}
+    model = {f"model.{key}": value for key, value in parse(size).items()}
     assert_same_network(make_config(method, model | changes), 1e-4)
 
 
 @pytest.mark.slow
 def test_the_same_network_at_512_pixels():
-    model = {f"model.{key}": value for key, value in decode("S/2").items()}
+    model = {f"model.{key}": value for key, value in parse("S/2").items()}
     assert_same_network(make_config("sd_dit", model | {"model.image_size": 64}), 1e-4)
 
 
@@ -121,7 +121,7 @@ def test_bfloat16_is_as_near_to_float32_as_in_flax():
     exact = make_diffusion(config.diffusion).denoise(
         lambda x, c: network(params, x, c, jnp.asarray(label_B)), x_BHWC, sigma_B
     )
-    low = Network(dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16")))
+    low = make_network(dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16")))
     flax = make_diffusion(config.diffusion).denoise(
         lambda x, c: low(params, x, c, jnp.asarray(label_B)), x_BHWC, sigma_B
     )
@@ -134,29 +134,35 @@ def test_bfloat16_is_as_near_to_float32_as_in_flax():
     assert 0 < error_twin < 1.5 * error_flax < 0.05 * np.linalg.norm(exact)
 
 
+def drawn_tensors(drawn):
+    """x0, eps, sigma and label as PyTorch takes them."""
+    return [to_torch(x) for x in (drawn.x0_BHWC, drawn.eps_BHWC, drawn.sigma_B, drawn.label_B)]
+
+
 def step_in_both(method, changes):
     """One training step: (metrics, gradients, parameters after it) of ours, and (losses, network) of PyTorch's."""
     parts = tiny_parts(method, {"optimizer.learning_rate": 1e-4} | changes)
     state, batch = noised_state(parts), make_batch(parts)
     if jax.config.jax_enable_x64:
         state = jax.tree.map(lambda a: a.astype(np.float64) if a.dtype == np.float32 else a, state)
-    key = jax.random.fold_in(jax.random.key(parts.config.seed), state["step"])
-    drawn = jit(lambda image, label: draw(key, parts, parts.codec.encode(image), label))(batch["image"], batch["label"])
+    key = jax.random.fold_in(jax.random.key(parts.seed), state["step"])
+    drawn = jit(lambda batch: draw(key, parts, parts.codec.encode(batch["image"]), batch))(batch)
     gradients, _, _ = jit(lambda state, drawn: gradients_of(parts, state, drawn))(state, drawn)
     after, metrics = jit(make_train_step(parts))(state, batch)
 
-    config = dataclasses.replace(parts.config, model=dataclasses.replace(parts.config.model, dtype="float32"))
+    config = smallest_config(method, {"optimizer.learning_rate": 1e-4} | changes)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32"))
     twin = make_twin(config, state["params"])
     teacher = None
     if "discrimination" in state["aux"]:
         teacher = make_teacher(config, state["params"], state["aux"]["discrimination"])
-    tensors = [to_torch(drawn[name]) for name in ("x0", "eps", "sigma", "label")]
-    visible = None if drawn["mask"] is None else to_torch(drawn["mask"].visible_BV)
+    tensors = drawn_tensors(drawn)
+    visible = None if drawn.mask is None else to_torch(drawn.mask.visible_BV)
     optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-4, weight_decay=0)
     losses = pytorch.training_losses(twin, *tensors, visible, teacher)
     losses["total"].backward()
     optimizer.step()
-    ours = to_state_dict(gradients, parts.network), to_state_dict(after["params"], parts.network)
+    ours = twin_arrays(config, gradients), twin_arrays(config, after["params"])
     return (metrics, *ours), ({name: float(loss.detach()) for name, loss in losses.items()}, twin)
 
 
@@ -232,7 +238,7 @@ def test_noise_levels_and_the_interval_of_guidance_are_the_runs():
     @functools.partial(jit, static_argnames="sampling")
     def ours(params, sampling):
         diffusion = make_diffusion(config.diffusion)
-        output = make_guided(network, diffusion, params, label_B, sampling)
+        output = make_guided(network, diffusion, params, label_B, sampling.guidance, sampling.guidance_interval)
         return heun(make_denoise(output, diffusion), noise_BHWC, levels)
 
     theirs = pytorch.sample(make_twin(config, params), label_B, steps=5, noise_BCHW=to_torch(noise_BHWC))
@@ -254,25 +260,25 @@ def test_a_network_of_zeros_multiplies_the_noise(steps, multiplier):
 
 
 def test_pixels_are_decoded_as_ours_are():
-    parts = tiny_parts("dit_decoder")
+    parts, config = tiny_parts("dit_decoder"), smallest_config("dit_decoder")
     params = random_params(parts.network.init)
-    twin = make_twin(parts.config, params)
-    noise_BHWC, _, _ = random_inputs(parts.config, batch=4)
+    twin = make_twin(config, params)
+    noise_BHWC, _, _ = random_inputs(config, batch=4)
     images = pytorch.sample(twin, [0, 1, 2, 3], steps=4, noise_BCHW=to_torch(noise_BHWC))
     assert images.dtype == torch.uint8
     assert images.shape == (4, 8, 8, 3)
     output = make_output(parts.network, parts.diffusion, params, jnp.arange(4), 1.0)
     z = heun(make_denoise(output, parts.diffusion), noise_BHWC, noise_levels(4, 0.002, 80.0, 7.0))
-    assert np.abs(images.numpy().astype(int) - np.asarray(parts.codec.decode(z), int)).max() <= 1
+    assert np.abs(images.numpy().astype(int) - np.asarray(parts.codec.as_stored(z), int)).max() <= 1
 
 
 def test_a_mask_in_any_order_is_the_same_mask():
     """MaskDiT keeps its visible tokens in the order of the draw."""
     parts = tiny_parts("maskdit")
-    twin = make_twin(parts.config, noised_state(parts)["params"])
+    twin = make_twin(smallest_config("maskdit"), noised_state(parts)["params"])
     drawn = draw_batch(parts)
-    tensors = [to_torch(drawn[name]) for name in ("x0", "eps", "sigma", "label")]
-    visible = to_torch(drawn["mask"].visible_BV)
+    tensors = drawn_tensors(drawn)
+    visible = to_torch(drawn.mask.visible_BV)
     shuffled = visible[:, torch.randperm(visible.shape[1])]
     one, other = (pytorch.training_losses(twin, *tensors, v) for v in (visible, shuffled))
     for name, loss in one.items():
@@ -299,11 +305,11 @@ def test_the_cross_entropy_has_the_values_of_ibots_code():
 
 def test_what_an_objective_lacks_is_said():
     parts = tiny_parts("sd_dit")
-    twin = make_twin(parts.config, noised_state(parts)["params"])
+    twin = make_twin(smallest_config("sd_dit"), noised_state(parts)["params"])
     drawn = draw_batch(parts)
-    tensors = [to_torch(drawn[name]) for name in ("x0", "eps", "sigma", "label")]
+    tensors = drawn_tensors(drawn)
     with pytest.raises(ValueError, match="discrimination needs a teacher, and reconstruction a mask"):
-        pytorch.training_losses(twin, *tensors, to_torch(drawn["mask"].visible_BV))
+        pytorch.training_losses(twin, *tensors, to_torch(drawn.mask.visible_BV))
 
 
 def test_labels_steps_and_the_sampler_are_checked():

@@ -31,10 +31,10 @@ def test_decode_inverts_encode_for_every_pixel_value(mean, scale, wrap):
 def test_decode_rounds_and_clips():
     codec = PixelCodec((0.0,), (0.5,))
     z = np.array([-9.0, -0.5, 0.0, 0.49999, 0.5, 9.0], np.float32).reshape(1, 1, -1, 1)
-    np.testing.assert_array_equal(codec.decode(z).ravel(), [0, 0, 128, 255, 255, 255])
+    np.testing.assert_array_equal(codec.as_stored(z).ravel(), [0, 0, 128, 255, 255, 255])
     # Half a level more than a pixel's value is where the next one starts.
     for offset, level in [(0.499, 100), (0.501, 101), (-0.499, 100), (-0.501, 99)]:
-        assert codec.decode(np.full((1, 1, 1, 1), ((100 + offset) / 127.5 - 1) / 2, np.float32)) == level
+        assert codec.as_stored(np.full((1, 1, 1, 1), ((100 + offset) / 127.5 - 1) / 2, np.float32)) == level
 
 
 def test_record_says_what_the_codec_is():

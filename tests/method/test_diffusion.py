@@ -7,15 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sddit_jax.config import schema
-from sddit_jax.method.diffusion import DDPM, EDM, make_diffusion
+from sddit_jax.method.diffusion import DDPM, EDM, DiffusionConfig, make_diffusion
 from sddit_jax.method.losses import denoising_error
 
 ONE = jnp.ones((1, 1, 1, 1))
 SIGMAS = st.floats(1 / 512, 80, width=32)
 
 
-def coefficients(sigma, diffusion=EDM()):  # noqa: B008
+def coefficients(sigma, diffusion=EDM()):
     """c_skip, c_out, c_in, c_noise and the weight at sigma."""
     sigma_B = jnp.array([sigma])
     c_in, c_noise = diffusion.network_input(ONE, sigma_B)
@@ -114,18 +113,18 @@ class TestDDPM:
 
     @pytest.mark.parametrize("transform", [jax.jit, lambda f: f])
     def test_a_level_of_the_table_is_its_step(self, transform):
-        c_noise = transform(lambda sigma_B: DDPM().preconditioning(sigma_B).noise)(jnp.asarray(DDPM().sigmas))
+        c_noise = transform(lambda sigma_B: DDPM().preconditioning(sigma_B).c_noise_B)(jnp.asarray(DDPM().sigmas))
         assert c_noise.dtype == jnp.float32
         np.testing.assert_array_equal(c_noise, np.arange(1000))
 
     def test_other_levels_are_between_two_steps(self):
         sigmas, parts = np.float64(DDPM().sigmas), np.linspace(0, 1, 9)[1:-1]
         between = sigmas[:-1, None] + np.diff(sigmas)[:, None] * parts
-        t = np.asarray(DDPM().preconditioning(jnp.asarray(between.ravel(), jnp.float32)).noise)
+        t = np.asarray(DDPM().preconditioning(jnp.asarray(between.ravel(), jnp.float32)).c_noise_B)
         assert (np.diff(t) > 0).all()
         np.testing.assert_array_equal(np.floor(t), np.repeat(np.arange(999), 7))
         np.testing.assert_allclose(t, (np.arange(999)[:, None] + parts).ravel(), atol=5e-4)
-        outside = DDPM().preconditioning(jnp.array([0.001, 1000.0])).noise
+        outside = DDPM().preconditioning(jnp.array([0.001, 1000.0])).c_noise_B
         np.testing.assert_array_equal(outside, [0, 999])
 
     def test_the_network_sees_the_variance_preserving_image(self):
@@ -160,9 +159,7 @@ class TestDDPM:
 
 
 def test_diffusions_by_name():
-    assert make_diffusion(schema.Diffusion(name="ddpm", sigma_max=10.0)) == DDPM()
-    assert make_diffusion(schema.Diffusion()) == EDM()
-    changed = schema.Diffusion(
-        name="edm", sigma_data=0.7, log_sigma_mean=-0.4, log_sigma_std=1.0, sigma_min=0.01, sigma_max=50.0
-    )
-    assert make_diffusion(changed) == EDM(0.7, -0.4, 1.0, 0.01, 50.0)
+    changed = EDM(0.7, -0.4, 1.0, 0.01, 50.0)
+    assert make_diffusion(DiffusionConfig(name="ddpm", edm=changed)) == DDPM()
+    assert make_diffusion(DiffusionConfig()) == EDM()
+    assert make_diffusion(DiffusionConfig(edm=changed)) == changed

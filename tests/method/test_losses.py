@@ -15,9 +15,10 @@ from sddit_jax.method.losses import (
     prototype_cross_entropy,
     reconstruction_error,
 )
-from sddit_jax.method.objectives.base import Views
-from sddit_jax.method.objectives.denoising import Denoising
+from sddit_jax.method.objectives.base import Context, Views
+from sddit_jax.method.objectives.denoising import Denoising, DenoisingConfig
 from sddit_jax.models.masking import sample_mask
+from sddit_jax.models.transformer import ModelConfig, Network
 
 B, V, E, K = 3, 7, 5, 11
 STUDENT_T, TEACHER_T = 0.1, 0.05
@@ -168,17 +169,26 @@ def test_denoising_loss_over_all_or_visible_patches():
     sigma_B = jnp.array([0.1, 0.5, 2.0])
     mask = sample_mask(jax.random.key(0), 3, 16, 0.3)
     views = Views(
-        x0=x0, eps=None, noised=None, sigma_B=sigma_B, label_B=None, mask=mask, encoded=None, denoised=denoised
+        x0_BHWC=x0,
+        eps_BHWC=None,
+        sigma_B=sigma_B,
+        label_B=None,
+        mask=mask,
+        features={},
+        noised_BHWC=None,
+        encoded=None,
+        denoised_BHWC=denoised,
     )
     weight = np.array([0.26 / 0.0025, 8, 4.25])
     error = weight[:, None, None, None] * np.square(denoised - x0, dtype=np.float64)
     np.testing.assert_allclose(denoising_error(denoised, x0, EDM().weight(sigma_B)), error, rtol=1e-5)
     by_patch = error.reshape(3, 4, 2, 4, 2, 2).mean((2, 4, 5)).reshape(3, 16)
-    for visible_only, expected in [
-        (False, error.mean()),
-        (True, np.mean([by_patch[b, mask.visible_BV[b]].mean() for b in range(3)])),
+    network = Network(ModelConfig(image_size=8, channels=2, width=4, heads=1, decoder_width=4, decoder_heads=1))
+    for scope, expected in [
+        ("all", error.mean()),
+        ("visible", np.mean([by_patch[b, mask.visible_BV[b]].mean() for b in range(3)])),
     ]:
-        objective = Denoising(1.0, visible_only, 2, EDM())
+        objective = Denoising(DenoisingConfig(scope=scope), Context(network, EDM(), steps=1, ema_decay=None))
         loss, metrics, _ = objective.loss({}, {}, {}, views, jnp.int32(0))
         np.testing.assert_allclose(loss, expected, rtol=1e-5)
         assert metrics == {"train/denoising": loss}

@@ -19,8 +19,8 @@ from tiny import (
     tiny_parts,
 )
 
-from sddit_jax.config.border import METHODS
-from sddit_jax.config.schema import Optimizer
+from sddit_jax.config.presets import METHODS
+from sddit_jax.config.schema import OptimizerConfig
 from sddit_jax.errors import ConfigError
 from sddit_jax.method.optimizer import make_optimizer
 from sddit_jax.method.train_step import draw, make_train_step, student_views
@@ -68,16 +68,16 @@ def test_all_that_is_random_follows_from_seed_and_step(sd_dit):
 
     @jit
     def expected(seed, number):
-        drawn = draw(jax.random.fold_in(jax.random.key(seed), number), parts, x0, batch["label"])
-        views = student_views(state["params"], parts, drawn)
+        drawn = draw(jax.random.fold_in(jax.random.key(seed), number), parts, x0, batch)
+        views = student_views(state["params"]["network"], parts, drawn)
         return drawn, parts.objectives[0].loss(state["params"], {}, {}, views, number)[1]
 
-    drawn, metrics = expected(parts.config.seed, 7)
+    drawn, metrics = expected(parts.seed, 7)
     assert metrics.keys() == {"train/denoising"}
     assert_close({key: step(state, batch)[1][key] for key in metrics}, metrics, 1e-5)
-    for other in ((parts.config.seed, 8), (parts.config.seed + 1, 7)):
-        for name in ("eps", "sigma", "label", "mask"):
-            a, b = (jax.tree.leaves(d[name])[0] for d in (drawn, expected(*other)[0]))
+    for other in ((parts.seed, 8), (parts.seed + 1, 7)):
+        for name in ("eps_BHWC", "sigma_B", "label_B", "mask"):
+            a, b = (jax.tree.leaves(getattr(d, name))[0] for d in (drawn, expected(*other)[0]))
             assert not np.array_equal(a, b), name
 
 
@@ -87,10 +87,12 @@ def test_a_step_moves_parameters_by_the_reported_update_and_counts_itself(sd_dit
     moved = jax.tree.map(lambda a, b: np.float64(a) - np.float64(b), new["params"], state["params"])
     norm = np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(moved)))
     np.testing.assert_allclose(metrics["train/update_norm"], norm, rtol=1e-4)
-    whole = np.sqrt(sum(float(metrics[f"grad_norm/{module}"]) ** 2 for module in ("encoder", "decoder", "head")))
+    whole = np.sqrt(
+        sum(float(metrics[f"grad_norm/{module}"]) ** 2 for module in ("encoder", "decoder", "discrimination"))
+    )
     np.testing.assert_allclose(metrics["grad_norm/all"], whole, rtol=1e-5)
-    o = parts.config.objectives
-    total = metrics["train/denoising"] + o.discrimination.weight * (
+    weight = parts.objectives[1].config.weight
+    total = metrics["train/denoising"] + weight * (
         metrics["train/discrimination/patch"] + metrics["train/discrimination/cls"]
     )
     np.testing.assert_allclose(metrics["train/loss"], total, rtol=1e-6)
@@ -103,7 +105,8 @@ def test_the_ema_follows_the_new_parameters_by_its_law(sd_dit, number, decay):
     _, step, state, batch = sd_dit
     new, _ = step(state | {"step": jnp.int32(number)}, batch)
     old = state["ema"]["default"]
-    expected = jax.tree.map(lambda e, p: decay * np.float64(e) + (1 - decay) * np.float64(p), old, new["params"])
+    trained = new["params"]["network"]
+    expected = jax.tree.map(lambda e, p: decay * np.float64(e) + (1 - decay) * np.float64(p), old, trained)
     assert_close(new["ema"]["default"], expected, 1e-6)
 
 
@@ -111,7 +114,7 @@ def test_the_teacher_follows_the_new_parameters(sd_dit):
     _, step, state, batch = sd_dit
     new, _ = step(state, batch)
     old = state["aux"]["discrimination"]["teacher"]
-    students = {name: new["params"][name] for name in old}
+    students = {"encoder": new["params"]["network"]["encoder"], "head": new["params"]["discrimination"]}
     expected = jax.tree.map(lambda t, s: 0.996 * np.float64(t) + 0.004 * np.float64(s), old, students)
     assert_close(new["aux"]["discrimination"]["teacher"], expected, 1e-6)
 
@@ -143,14 +146,16 @@ def test_a_batch_that_gives_no_finite_step_changes_nothing_but_the_count(guarded
     after, metrics = step(state, batch)
     assert float(metrics["train/skipped"]) == 0
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((after, metrics)))
-    assert not np.array_equal(after["params"]["encoder"]["cls"], state["params"]["encoder"]["cls"])
+    assert not np.array_equal(
+        after["params"]["network"]["encoder"]["cls"], state["params"]["network"]["encoder"]["cls"]
+    )
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("spoiled", ["params", "teacher"])
 def test_a_state_that_gives_no_finite_step_stays(guarded, spoiled, value):
     step, state, batch = guarded
-    tree = state["params"] if spoiled == "params" else state["aux"]["discrimination"]["teacher"]
+    tree = state["params"]["network"] if spoiled == "params" else state["aux"]["discrimination"]["teacher"]
     patch = tree["encoder"]["patch"]
     kept, patch["bias"] = patch["bias"], patch["bias"].at[0].set(value)
     try:
@@ -224,14 +229,14 @@ def test_each_optimizer_reduces_the_loss_of_a_repeated_batch(name):
 
 def test_all_optimizers_are_tested():
     with pytest.raises(ConfigError) as error:
-        make_optimizer(Optimizer(name="adamax"))
+        make_optimizer(OptimizerConfig(name="adamax"))
     assert str(error.value) == f"optimizer.name is 'adamax', but must be one of {', '.join(OPTIMIZERS)}"
 
 
 @pytest.mark.parametrize("name", ["adam", "radam", "sgd"])
 def test_an_optimizer_without_weight_decay_refuses_it(name):
     with pytest.raises(ConfigError, match=rf"weight_decay is 0.1, but {name} has none"):
-        make_optimizer(Optimizer(name=name, weight_decay=0.1))
+        make_optimizer(OptimizerConfig(name=name, weight_decay=0.1))
 
 
 @pytest.mark.parametrize("clip_norm", [0.01, 100.0])

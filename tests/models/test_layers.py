@@ -1,23 +1,14 @@
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import random_params, tiny_config
 
-from sddit_jax.models import layers
-from sddit_jax.models.layers import (
-    Attention,
-    LabelEmbedding,
-    Stack,
-    flash_attention,
-    layer_norm,
-    positions_2d,
-    product_attention,
-    sinusoid,
-)
-from sddit_jax.models.transformer import Network, patchify, unpatchify
+from sddit_jax.config.parts import make_network
+from sddit_jax.models.attention import Attention, cudnn_attention, product_attention
+from sddit_jax.models.layers import Block, LabelEmbedding, Stack, layer_norm, positions_2d, sinusoid
+from sddit_jax.models.transformer import patchify, unpatchify
+from sddit_jax.parallel.hooks import has_cudnn_attention
 
 DEPTH = 2
 # Compiles faster than the default generator.
@@ -38,7 +29,7 @@ def tokens():
 def wide():
     """A fresh network, wide enough for statistics."""
     changes = {"model.width": 128, "model.num_classes": 200, "masking.fill": "mask_token"}
-    return jax.jit(Network(tiny_config(changes=changes)).init)(KEY)
+    return jax.jit(make_network(tiny_config(changes=changes)).init)(KEY)
 
 
 def inputs(model, batch=2):
@@ -92,7 +83,7 @@ def test_patches_are_row_column_channel():
     [("sd_dit", "bfloat16"), ("maskdit", "float32"), ("dit", "float32")],
 )
 def test_a_fresh_network_outputs_exactly_zero(method, dtype):
-    network = Network(tiny_config(method, {"model.dtype": dtype}))
+    network = make_network(tiny_config(method, {"model.dtype": dtype}))
     output = jax.jit(lambda key, *x: network(network.init(key), *x))(KEY, *inputs(network.model))
     assert output.shape == (2, 8, 8, 3)
     assert not output.any()
@@ -104,7 +95,7 @@ def test_blocks_start_as_the_identity(tokens):
 
 
 def test_parameters_are_float32_whatever_the_dtype_of_the_products():
-    network = Network(tiny_config(changes={"model.dtype": "bfloat16"}))
+    network = make_network(tiny_config(changes={"model.dtype": "bfloat16"}))
     params = jax.eval_shape(network.init, jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     encoded = jax.eval_shape(network.encode, params, *inputs(network.model))
@@ -200,9 +191,9 @@ def test_the_bias_of_the_keys_changes_nothing_and_gets_no_gradient(tokens):
 
 @pytest.mark.parametrize("count", [6, 7])
 @pytest.mark.parametrize("implementation", ["xla", "cudnn"])
-def test_flash_attention_is_attention(implementation, count):
-    if implementation == "cudnn" and not layers.has_cudnn_attention():
-        pytest.skip("needs a GPU: PYTHONPATH=tests pytest --noconftest tests/models/test_layers.py -k flash")
+def test_the_kernel_is_attention(implementation, count):
+    if implementation == "cudnn" and not has_cudnn_attention(jax.local_devices()[0]):
+        pytest.skip("needs a GPU: PYTHONPATH=tests pytest --noconftest tests/models/test_layers.py -k kernel")
     dtype, tolerance = (jnp.float32, 2e-6) if implementation == "xla" else (jnp.bfloat16, 2e-2)
     q, k, v, d_out = jax.random.normal(jax.random.key(5), (4, 2, 3, count, 16)).astype(dtype)
 
@@ -212,64 +203,58 @@ def test_flash_attention_is_attention(implementation, count):
 
     with jax.default_matmul_precision("highest"):
         exact = value_and_gradients(product_attention, *(x.astype(jnp.float32) for x in (q, k, v, d_out)))
-        ours = value_and_gradients(lambda *qkv: flash_attention(*qkv, implementation), q, k, v, d_out)
+        ours = value_and_gradients(lambda *qkv: cudnn_attention(*qkv, implementation), q, k, v, d_out)
     assert_close(jax.tree.map(lambda x: np.asarray(x, np.float32), ours), exact, tolerance)
 
 
-@pytest.mark.parametrize(
-    ("platform", "version", "capability", "has"),
-    [
-        ("gpu", "cuda 13000", "9.0", True),
-        ("gpu", "cuda 12080", "12.0", True),
-        ("gpu", "cuda 12080", "7.5", False),
-        ("gpu", "rocm 60300", "gfx90a", False),
-        ("tpu", "TFRT TPU v5e", None, False),
-    ],
-)
-def test_where_cudnn_has_the_kernel(platform, version, capability, has, monkeypatch):
-    client = SimpleNamespace(platform_version=version)
-    device = SimpleNamespace(platform=platform, client=client, compute_capability=capability)
-    monkeypatch.setattr(jax, "local_devices", lambda: [device])
-    assert layers.has_cudnn_attention() is has
-
-
-@pytest.mark.parametrize(
-    ("dtype", "channels", "in_one_kernel"),
-    [(jnp.bfloat16, 72, True), (jnp.float32, 72, False), (jnp.bfloat16, 36, False), (jnp.bfloat16, 256, False)],
-)
-def test_which_attention_is_one_kernel(dtype, channels, in_one_kernel, monkeypatch):
-    calls = []
-    monkeypatch.setattr(layers, "has_cudnn_attention", lambda: True)
-    monkeypatch.setattr(layers, "flash_attention", lambda q, k, v: calls.append(q) or q)
-    operand = jnp.ones((1, 2, 3, channels), dtype)
-    layers.attention(operand, operand, operand)
-    assert bool(calls) is in_one_kernel
-
-
-def test_initialisation_needs_no_kernel(tokens, monkeypatch):
+def test_initialisation_needs_no_kernel(tokens):
     def refuse(*operands):
         raise NotImplementedError
 
-    monkeypatch.setattr(layers, "attention", refuse)
-    block = layers.Block(heads=2, mlp_ratio=4.0, dtype=jnp.float32)
+    block = Block(heads=2, mlp_ratio=4.0, dtype=jnp.float32, attend=refuse)
     params = block.init(KEY, *tokens)
     with pytest.raises(NotImplementedError):
         block.apply(params, *tokens)
 
 
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize("scan", [True, False])
-def test_hidden_tokens_are_every_blocks_output(scan):
-    network = Network(tiny_config(changes={"model.scan": scan}))
+def test_taps_are_the_outputs_of_blocks(scan, remat, tokens):
+    """Of blocks in any order, with the gradients that reach the blocks through them."""
+    deep = Stack(depth=4, heads=2, mlp_ratio=4.0, dtype=jnp.float32, scan=scan, remat=remat)
+    params = random_params(deep.init, *tokens)["params"]
+
+    def first_blocks(params, depth):
+        alone = Stack(depth=depth, heads=2, mlp_ratio=4.0, dtype=jnp.float32, scan=scan, remat=remat)
+        return alone.apply({"params": jax.tree.map(lambda leaf: leaf[:depth], params)}, *tokens)[0]
+
+    def by_taps(params):
+        out, tapped = deep.apply({"params": params}, *tokens, taps=(3, 1))
+        return {4: out, **tapped}
+
+    def by_parts(params):
+        return {depth: first_blocks(params, depth) for depth in (1, 3, 4)}
+
+    def gradient(outputs):
+        return jax.jit(jax.grad(lambda p: sum(depth * jnp.square(x).sum() for depth, x in outputs(p).items())))(params)
+
+    assert_close(jax.jit(by_taps)(params), jax.jit(by_parts)(params))
+    assert_close(gradient(by_taps), gradient(by_parts), 1e-4)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_tapped_tokens_have_cls_first(scan):
+    network = make_network(tiny_config(changes={"model.scan": scan}))
     params = {"params": random_params(network.init)["encoder"]}
     visible = jnp.array([[0, 3, 4], [1, 2, 15]])
-    encode = jax.jit(network.encoder.apply, static_argnames="return_hidden")
-    encoded = encode(params, *inputs(network.model), visible, return_hidden=True)
-    assert encoded.hidden.shape == (2, 2, 4, 32)
-    np.testing.assert_array_equal(encoded.hidden[-1, :, 0], encoded.cls_BD)
-    np.testing.assert_array_equal(encoded.hidden[-1, :, 1:], encoded.tokens_BVD)
-    assert abs(encoded.hidden[0] - encoded.hidden[1]).max() > 1e-2
+    encode = jax.jit(network.encoder.apply, static_argnames="taps")
+    encoded = encode(params, *inputs(network.model), visible, taps=(1, 2))
+    assert encoded.tapped[1].shape == encoded.tapped[2].shape == (2, 4, 32)
+    np.testing.assert_array_equal(encoded.tapped[2][:, 0], encoded.cls_BD)
+    np.testing.assert_array_equal(encoded.tapped[2][:, 1:], encoded.tokens_BVD)
+    assert abs(encoded.tapped[1] - encoded.tapped[2]).max() > 1e-2
     without = encode(params, *inputs(network.model), visible)
-    assert without.hidden is None
+    assert without.tapped == {}
     assert_close(without.tokens_BVD, encoded.tokens_BVD)
 
 

@@ -9,8 +9,8 @@ from helpers import random_params, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sddit_jax.config.parts import make_network
 from sddit_jax.models.masking import Mask, put_back, sample_mask, take, visible_count
-from sddit_jax.models.transformer import Network
 
 
 @pytest.mark.parametrize(
@@ -66,9 +66,9 @@ def test_put_back_inverts_take_for_a_sampled_mask():
 
 @pytest.mark.parametrize("fill", ["noisy", "mask_token"])
 def test_invisible_pixels_reach_the_decoder_only_and_only_as_noisy_tokens(fill):
-    network = Network(tiny_config(changes={"masking.fill": fill}))
+    network = make_network(tiny_config(changes={"masking.fill": fill}))
     params = random_params(network.init)
-    mask = sample_mask(jax.random.key(0), 2, network.tokens, 0.5)
+    mask = sample_mask(jax.random.key(0), 2, network.model.tokens, 0.5)
     x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
     other = x.copy()
     for b, n in itertools.product(range(2), range(8)):
@@ -78,7 +78,7 @@ def test_invisible_pixels_reach_the_decoder_only_and_only_as_noisy_tokens(fill):
     @jax.jit
     def run(x):
         encoded = network.encode(params, x, jnp.array([-1.0, 0.5]), jnp.array([0, 1]), mask)
-        return encoded.tokens_BVD, encoded.cls_BD, network.decode(params, encoded, mask)
+        return encoded.tokens_BVD, encoded.cls_BD, network.predict(params, encoded, mask)
 
     (tokens, cls, output), (other_tokens, other_cls, other_output) = run(x), run(other)
     assert tokens.shape == (2, 8, 32)

@@ -12,11 +12,11 @@ import torch
 from helpers import make_config
 from twin import make_twin, to_numpy, to_torch
 
-from sddit_jax.config.sizes import decode
+from sddit_jax.config.parts import make_network
+from sddit_jax.config.sizes import parse
 from sddit_jax.interop.layouts import DIT, MASKDIT
 from sddit_jax.interop.state_dict import from_state_dict
 from sddit_jax.method.diffusion import EDM
-from sddit_jax.models.transformer import Network
 
 
 def wave(shape, a, b, s):
@@ -43,13 +43,13 @@ def x_BHWC():
 
 
 def small(method, **changes):
-    model = {**decode("S/2"), **changes}
+    model = {**parse("S/2"), **changes}
     return make_config(method, {f"model.{key}": value for key, value in model.items()})
 
 
 def test_maskdit_s_2(x_BHWC):
     config = small("maskdit")
-    network = Network(config)
+    network = make_network(config)
     params = recipe(network, MASKDIT)
     sigma, label = np.array([0.5, 2.0], np.float32), np.array([3, 1000], np.int32)
 
@@ -65,7 +65,7 @@ def test_maskdit_s_2(x_BHWC):
 
 def test_dit_s_2(x_BHWC):
     config = small("dit", learn_sigma=True, null_label="row")
-    network = Network(config)
+    network = make_network(config)
     params = recipe(network, DIT)
     t, label = np.array([10.0, 500.0], np.float32), np.array([3, 1000], np.int32)
     first = (0.3867253, 0.5535273, 0.2919512, 0.5769653)

@@ -115,7 +115,7 @@ def saved_digests(workdir: Path) -> dict[str, str]:
 
 def host_state(workdir: Path, devices: int = 8, **parallel: int) -> dict[str, np.ndarray]:
     """path -> leaf of the newest checkpoint, as restored on a mesh of this process."""
-    mesh = make_mesh(schema.Parallel(**parallel), jax.devices()[:devices])
+    mesh = make_mesh(schema.ParallelConfig(**parallel), jax.devices()[:devices])
     _, state, meta = restore_run(workdir, mesh)
     assert digest(state) == meta["digests"]
     return {path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
@@ -263,12 +263,12 @@ from jax.experimental import multihost_utils
 from sddit_jax import cli, process_flags
 from sddit_jax.runs.checkpoint import digest
 from sddit_jax.runs.folder import restore_run
-from sddit_jax.config.schema import Parallel
+from sddit_jax.config.schema import ParallelConfig
 from sddit_jax.parallel.sharding import make_mesh
 
 def main(workdir, output):
     process_flags.start_processes()
-    mesh = make_mesh(Parallel(tensor=8))
+    mesh = make_mesh(ParallelConfig(tensor=8))
     _, state, _ = restore_run(Path(workdir), mesh)
     kernel = state["params"]["encoder"]["stack"]["blocks"]["mlp"]["hidden"]["kernel"]
     values = multihost_utils.process_allgather(kernel, tiled=True)

@@ -14,7 +14,7 @@ from helpers import make_config
 from tiny import CONDITION, assert_same_bits, tiny_parts
 
 from sddit_jax.config import schema
-from sddit_jax.method.state import make_parts
+from sddit_jax.config.parts import make_parts
 from sddit_jax.parallel.sharding import make_mesh, path_name
 from sddit_jax.runs.checkpoint import Checkpointer
 from sddit_jax.runs.folder import abstract_state, restore_run
@@ -36,7 +36,7 @@ LAYOUTS = {  # devices and axes
 def wanted(parts, layout):
     """The shapes and the layout of a state."""
     devices, axes = LAYOUTS[layout]
-    return abstract_state(parts, make_mesh(schema.Parallel(**axes), jax.devices()[:devices]))
+    return abstract_state(parts, make_mesh(schema.ParallelConfig(**axes), jax.devices()[:devices]))
 
 
 def random_state(abstract):
@@ -152,7 +152,7 @@ def test_a_run_on_eight_devices_goes_on_with_two_and_with_one(tmp_path):
         for step in range(lost, 61, 20):
             shutil.rmtree(moved / "checkpoints" / str(step))
         go_on(moved, devices)
-    mesh = make_mesh(schema.Parallel())
+    mesh = make_mesh(schema.ParallelConfig())
     (config, expected, _), (_, state, _) = (jax.device_get(restore_run(run, mesh)) for run in (whole, moved))
 
     def check(path, a, b):

@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 from helpers import tiny_config
 from jax.sharding import PartitionSpec as P
-from tiny import CONDITION, QUICK, float64, jit, make_batch, noise, noised_state, tiny_parts
+from tiny import CONDITION, QUICK, float64, jit, make_batch, noise, noised_state, smallest_config, tiny_parts
 
 from sddit_jax.config import schema
-from sddit_jax.config.border import METHODS, resolve
+from sddit_jax.config.border import resolve
+from sddit_jax.config.parts import make_parts
+from sddit_jax.config.presets import METHODS
 from sddit_jax.data.loader import make_loader
 from sddit_jax.data.sources import open_source
 from sddit_jax.errors import ConfigError
-from sddit_jax.method.state import make_parts
 from sddit_jax.method.train_step import make_train_step
-from sddit_jax.models.layers import unconstrained
+from sddit_jax.models.layers import Hooks, unconstrained
 from sddit_jax.parallel.sharding import (
     batch_sharding,
     check_batch,
@@ -113,9 +114,10 @@ def assert_same_state(state, expected, learning_rate, relative, absolute):
 def toy_run(variant, layout, changes, constrained=True):
     method, own = VARIANTS[variant]
     changes = own | MESHES[layout] | changes
-    mesh = mesh_of(tiny_parts(method, changes).config.parallel)
+    config = smallest_config(method, changes)
+    mesh = mesh_of(config.parallel)
     parts = tiny_parts(method, changes, make_constrain(mesh) if constrained else unconstrained)
-    return *run(parts, mesh, noised_state(parts), [make_batch(parts, seed) for seed in range(STEPS)]), parts.config
+    return *run(parts, mesh, noised_state(parts), [make_batch(parts, seed) for seed in range(STEPS)]), config
 
 
 @functools.cache
@@ -151,12 +153,13 @@ def digits_run(method, layout, changes):
     config.update_from_flattened_dict(MESHES[layout] | changes)
     config = resolve(config)
     mesh = mesh_of(config.parallel)
-    parts = make_parts(config, make_constrain(mesh))
+    parts = make_parts(config, Hooks(make_constrain(mesh)))
     state = jax.device_get(jit(parts.init_state)(jax.random.key(0)))
     params = jax.device_get(noise(state["params"], 1))
-    state |= {"params": params, "ema": {"default": params}}
+    state |= {"params": params, "ema": {"default": params["network"]}}
     if "discrimination" in state["aux"]:
-        state["aux"]["discrimination"]["teacher"] = {name: params[name] for name in ("encoder", "head")}
+        teacher = {"encoder": params["network"]["encoder"], "head": params["discrimination"]}
+        state["aux"]["discrimination"]["teacher"] = teacher
     source = open_source("digits", split="train", image_size=8, channels=1)
     settings = {"batch_size": config.batch_size, "seed": 0, "start_step": 0, "flip": False}
     rows = local_rows(mesh, config.batch_size)
@@ -208,7 +211,7 @@ def test_bfloat16_computes_nearly_the_same_and_keeps_its_state_in_float32(method
 def specs_of(method="sd_dit", changes=None, **parallel):
     """path -> PartitionSpec of every leaf of a state."""
     parts = tiny_parts(method, changes)
-    mesh = make_mesh(schema.Parallel(**parallel))
+    mesh = make_mesh(schema.ParallelConfig(**parallel))
     state = jax.eval_shape(parts.init_state, jax.random.key(0))
     leaves = jax.tree_util.tree_leaves_with_path(shardings(mesh, state))
     return {path_name(path): sharding.spec for path, sharding in leaves}
@@ -220,9 +223,11 @@ def test_ema_teacher_and_optimiser_lie_like_their_parameters(optimizer):
     params = {path.removeprefix("params/"): spec for path, spec in specs.items() if path.startswith("params/")}
     assert {spec for spec in params.values() if spec != P()} > {P("fsdp", None)}
     for path, spec in params.items():
-        assert specs[f"ema/default/{path}"] == spec
-        if path.startswith(("encoder/", "head/")):
-            assert specs[f"aux/discrimination/teacher/{path}"] == spec
+        if path.startswith("network/"):
+            assert specs[f"ema/default/{path.removeprefix('network/')}"] == spec
+        if path.startswith(("network/encoder/", "discrimination/")):
+            taught = path.removeprefix("network/").replace("discrimination/", "head/")
+            assert specs[f"aux/discrimination/teacher/{taught}"] == spec
         moments = [s for name, s in specs.items() if name.startswith("opt_state/") and name.endswith("/" + path)]
         assert moments
         assert set(moments) == {spec}
@@ -230,7 +235,7 @@ def test_ema_teacher_and_optimiser_lie_like_their_parameters(optimizer):
 
 def test_the_table_of_layouts():
     specs = specs_of(data=2, fsdp=2, tensor=2)
-    blocks = "params/encoder/stack/blocks"
+    blocks = "params/network/encoder/stack/blocks"
     assert specs[f"{blocks}/attention/qkv/kernel"] == P(None, "fsdp", None, "tensor", None)
     assert specs[f"{blocks}/attention/qkv/bias"] == P(None, None, "tensor", None)
     assert specs[f"{blocks}/attention/out/kernel"] == P(None, "tensor", None, "fsdp")
@@ -238,33 +243,38 @@ def test_the_table_of_layouts():
     assert specs[f"{blocks}/mlp/hidden/bias"] == P(None, "tensor")
     assert specs[f"{blocks}/mlp/out/kernel"] == P(None, "tensor", "fsdp")
     assert specs[f"{blocks}/modulation/linear/kernel"] == P(None, "fsdp", None, None)
-    assert specs["params/decoder/bridge/modulation/linear/kernel"] == P("fsdp", None, None)
-    assert specs["params/encoder/label/table"] == P(None, "fsdp")
-    assert specs["params/head/prototypes"] == P("fsdp", None)
-    assert specs["params/encoder/patch/kernel"] == P("fsdp", None)
-    for path in ("step", "params/encoder/cls", "params/encoder/patch/bias", "aux/discrimination/center/patch"):
+    assert specs["params/network/decoder/bridge/modulation/linear/kernel"] == P("fsdp", None, None)
+    assert specs["params/network/encoder/label/table"] == P(None, "fsdp")
+    assert specs["params/discrimination/prototypes"] == P("fsdp", None)
+    assert specs["params/network/encoder/patch/kernel"] == P("fsdp", None)
+    for path in (
+        "step",
+        "params/network/encoder/cls",
+        "params/network/encoder/patch/bias",
+        "aux/discrimination/center/patch",
+    ):
         assert not any(specs[path]), path
 
 
 def test_an_axis_that_does_not_divide_is_left_out():
     specs = specs_of(fsdp=1, tensor=8)  # 2 heads, 64 hidden channels
-    assert specs["params/encoder/stack/blocks/attention/qkv/kernel"] == P(None, "fsdp", None, None, None)
-    assert specs["params/encoder/stack/blocks/mlp/hidden/kernel"] == P(None, "fsdp", "tensor")
+    assert specs["params/network/encoder/stack/blocks/attention/qkv/kernel"] == P(None, "fsdp", None, None, None)
+    assert specs["params/network/encoder/stack/blocks/mlp/hidden/kernel"] == P(None, "fsdp", "tensor")
 
 
 def test_a_rule_with_too_many_axes_names_the_leaf():
     with pytest.raises(ValueError, match="params/patch/kernel"):
-        shardings(make_mesh(schema.Parallel()), {"params": {"patch": {"kernel": jnp.zeros(4)}}})
+        shardings(make_mesh(schema.ParallelConfig()), {"params": {"patch": {"kernel": jnp.zeros(4)}}})
 
 
 def test_a_mesh_takes_what_is_left_for_data():
-    assert dict(make_mesh(schema.Parallel()).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
-    assert dict(make_mesh(schema.Parallel(fsdp=2, tensor=2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert dict(make_mesh(schema.Parallel(), jax.devices()[:2]).shape) == {"data": 2, "fsdp": 1, "tensor": 1}
-    assert dict(make_mesh(schema.Parallel(data=2, fsdp=-1)).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
-    assert dict(make_mesh(schema.Parallel(data=1, tensor=-1)).shape) == {"data": 1, "fsdp": 1, "tensor": 8}
+    assert dict(make_mesh(schema.ParallelConfig()).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert dict(make_mesh(schema.ParallelConfig(fsdp=2, tensor=2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(make_mesh(schema.ParallelConfig(), jax.devices()[:2]).shape) == {"data": 2, "fsdp": 1, "tensor": 1}
+    assert dict(make_mesh(schema.ParallelConfig(data=2, fsdp=-1)).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert dict(make_mesh(schema.ParallelConfig(data=1, tensor=-1)).shape) == {"data": 1, "fsdp": 1, "tensor": 8}
     with pytest.raises(ConfigError, match=r"parallel\.data and parallel\.fsdp are -1"):
-        make_mesh(schema.Parallel(fsdp=-1))
+        make_mesh(schema.ParallelConfig(fsdp=-1))
 
 
 @pytest.mark.parametrize(
@@ -281,12 +291,12 @@ def test_a_mesh_takes_what_is_left_for_data():
 )
 def test_a_mesh_that_does_not_fit_names_its_sizes(parallel, sizes, needed):
     with pytest.raises(ConfigError, match=f"{sizes} needs {needed} devices, but there are 8"):
-        make_mesh(schema.Parallel(**parallel))
+        make_mesh(schema.ParallelConfig(**parallel))
 
 
 @pytest.mark.parametrize(("batch_size", "microbatches"), [(20, 2), (24, 4), (12, 2), (2, 1)])
 def test_a_batch_that_does_not_divide_names_the_numbers(batch_size, microbatches):
-    mesh = make_mesh(schema.Parallel(data=2, fsdp=2, tensor=2))
+    mesh = make_mesh(schema.ParallelConfig(data=2, fsdp=2, tensor=2))
     check_batch(mesh, 24, 3)
     message = rf"batch_size {batch_size} is not divisible by {4 * microbatches} \(data 2 x fsdp 2 x microbatches"
     with pytest.raises(ConfigError, match=message):
@@ -322,7 +332,7 @@ def test_local_rows_are_the_rows_of_this_process_devices_each_once(layout):
 
 def test_local_rows_of_a_process_with_some_of_the_devices(monkeypatch):
     """As on two hosts: this one owns the devices 4 to 7."""
-    mesh = make_mesh(schema.Parallel(data=4, tensor=2))
+    mesh = make_mesh(schema.ParallelConfig(data=4, tensor=2))
     owned = {device: rows for device, rows in batch_sharding(mesh).devices_indices_map((24,)).items() if device.id >= 4}
     kind = type(batch_sharding(mesh))
     monkeypatch.setattr(kind, "addressable_devices_indices_map", lambda self, shape: owned)

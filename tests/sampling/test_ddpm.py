@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from helpers import make_config, random_params, tiny_config
 
-from sddit_jax.config.schema import Sampling
+from sddit_jax.config.parts import make_network
+from sddit_jax.config.schema import SamplingConfig
 from sddit_jax.errors import ConfigError
 from sddit_jax.method.codec import LatentCodec
 from sddit_jax.method.diffusion import DDPM
-from sddit_jax.models.transformer import Network
 from sddit_jax.sampling.guidance import make_denoise, make_output
 from sddit_jax.sampling.sampler import make_sample
 from sddit_jax.sampling.solvers import ancestral, euler, respaced_levels
@@ -167,9 +167,9 @@ def test_ddpm_samples_gaussian_data(variance, learnt, steps):
 @pytest.fixture(scope="module", params=["ddpm", "ddim"])
 def generate(request):
     """generate(indices, labels, seed=0) -> latents, from one compiled sampler per batch size."""
-    network = Network(tiny_config(changes={"diffusion.name": "ddpm", "model.learn_sigma": True}))
+    network = make_network(tiny_config(changes={"diffusion.name": "ddpm", "model.learn_sigma": True}))
     params = random_params(network.init)
-    sampling = Sampling(solver=request.param, steps=4, guidance=1.5)
+    sampling = SamplingConfig(solver=request.param, steps=4, guidance=1.5)
     sample = jax.jit(make_sample(network, DDPM(), CODEC, sampling))
 
     def generate(indices, labels, seed=0):
@@ -206,7 +206,7 @@ def test_noise_of_the_steps_is_independent_between_images_and_of_the_start():
     network = Fake(lambda x, label: jnp.concatenate([0 * x, 0 * x + 1], axis=-1), channels=4)
 
     def sample(solver):
-        sampling = Sampling(solver=solver, steps=5)
+        sampling = SamplingConfig(solver=solver, steps=5)
         images = make_sample(network, DDPM(), CODEC, sampling)({}, 3, jnp.arange(16), jnp.zeros(16, jnp.int32))
         return np.float64(images).reshape(16, -1)
 

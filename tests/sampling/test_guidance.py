@@ -1,5 +1,6 @@
 """Guidance within an interval of noise levels, and by a weaker network."""
 
+import operator
 from types import SimpleNamespace
 
 import jax
@@ -8,18 +9,20 @@ import numpy as np
 import pytest
 from helpers import products, random_params, tiny_config
 
-from sddit_jax.config.schema import Sampling
+from sddit_jax.config.checks import check_guide
+from sddit_jax.config.parts import make_network
+from sddit_jax.config.schema import SamplingConfig
 from sddit_jax.errors import UserError
 from sddit_jax.method.codec import LatentCodec
 from sddit_jax.method.diffusion import DDPM, EDM
-from sddit_jax.models.transformer import Network
 from sddit_jax.sampling import solvers
-from sddit_jax.sampling.guidance import Piecewise, check_guide, make_denoise, make_guided, make_output
+from sddit_jax.sampling.guidance import Piecewise, make_denoise, make_guided, make_output
 from sddit_jax.sampling.sampler import make_sample, schedule
 
 CODEC = LatentCodec((0.0,), (1.0,))
 LABELS = np.array([0, 2, 3], np.int32)
 INDICES = np.arange(3, dtype=np.int32)
+WEAKER = {"model.width": 16, "model.depth": 1}
 
 
 class Counting:
@@ -60,7 +63,7 @@ def passes(sampling, diffusion):
 @pytest.mark.parametrize("solver", ["heun", "euler", "stochastic", "dpmpp_2m", "ddim", "ddpm"])
 def test_the_null_label_is_passed_within_the_interval_alone(solver, interval):
     diffusion = DDPM() if solver in ("ddim", "ddpm") else EDM()
-    sampling = Sampling(solver=solver, steps=12, guidance=1.5, guidance_interval=interval)
+    sampling = SamplingConfig(solver=solver, steps=12, guidance=1.5, guidance_interval=interval)
     network = Counting()
     run(network, sampling, diffusion=diffusion)
     low, high = interval[0], interval[1] or np.inf
@@ -71,8 +74,11 @@ def test_the_null_label_is_passed_within_the_interval_alone(solver, interval):
 @pytest.mark.parametrize("solver", ["heun", "euler", "stochastic", "dpmpp_2m"])
 def test_the_program_has_the_products_of_the_passes_that_count(solver, guidance):
     """Of a real network, in the program before it is compiled, to the last operation: by null label, and by a guide."""
-    sampling = Sampling(solver=solver, steps=12, guidance=guidance, guidance_interval=(0.3, 5.0))
-    network, guide = Network(tiny_config()), Network(tiny_config("dit", {"model.width": 16, "model.depth": 1}))
+    sampling = SamplingConfig(solver=solver, steps=12, guidance=guidance, guidance_interval=(0.3, 5.0))
+    network, guide = (
+        make_network(tiny_config()),
+        make_network(tiny_config("dit", {"model.width": 16, "model.depth": 1})),
+    )
     params, weaker = jax.eval_shape(network.init, jax.random.key(0)), jax.eval_shape(guide.init, jax.random.key(0))
     label = jnp.zeros(3, jnp.int32)
 
@@ -116,7 +122,7 @@ def scans(jaxpr):
     ],
 )
 def test_an_interval_costs_a_loop_for_each_run_of_steps(solver, interval, loops):
-    sampling = Sampling(solver=solver, steps=10, guidance=1.5, guidance_interval=interval)
+    sampling = SamplingConfig(solver=solver, steps=10, guidance=1.5, guidance_interval=interval)
     network = SimpleNamespace(image_size=4, channels=2, num_classes=4)
 
     def call(params, x, c_noise, label):
@@ -130,7 +136,7 @@ def test_an_interval_costs_a_loop_for_each_run_of_steps(solver, interval, loops)
 @pytest.mark.parametrize("solver", ["heun", "euler", "stochastic", "dpmpp_2m"])
 def test_an_interval_is_what_a_mask_would_compute(solver):
     network, params = Counting(), 0.7
-    sampling = Sampling(solver=solver, steps=8, guidance=3.0, guidance_interval=(0.3, 5.0))
+    sampling = SamplingConfig(solver=solver, steps=8, guidance=3.0, guidance_interval=(0.3, 5.0))
     noise = jax.random.normal(jax.random.key(1), (3, 4, 4, 2))
     levels = schedule(EDM(), sampling)
     raised = solvers.churned_levels(levels, 3.0, 0.05, 50.0)
@@ -145,7 +151,8 @@ def test_an_interval_is_what_a_mask_would_compute(solver):
 
     @jax.jit
     def piecewise(params):
-        return solve(make_denoise(make_guided(network, EDM(), params, jnp.asarray(LABELS), sampling), EDM()))
+        output = make_guided(network, EDM(), params, jnp.asarray(LABELS), 3.0, (0.3, 5.0))
+        return solve(make_denoise(output, EDM()))
 
     @jax.jit
     def masked(params):
@@ -212,13 +219,13 @@ def test_a_learnt_variance_is_the_networks_own(own, other):
     np.testing.assert_array_equal(out[..., 2:], plain[..., 2:])
     for solver in ("ddpm", "ddim"):
         assert np.isfinite(
-            run(network, Sampling(solver=solver, steps=4, guidance=2.0), (0.7, 0.4), guide, DDPM())
+            run(network, SamplingConfig(solver=solver, steps=4, guidance=2.0), (0.7, 0.4), guide, DDPM())
         ).all()
 
 
 @pytest.mark.parametrize("num_classes", [0, 4])
 def test_samples_by_a_weaker_network(num_classes):
-    sampling = Sampling(steps=6, guidance=2.0, guidance_interval=(0.3, 5.0))
+    sampling = SamplingConfig(steps=6, guidance=2.0, guidance_interval=(0.3, 5.0))
     network, guide = Counting(num_classes), Counting(num_classes)
     guided = run(network, sampling, (0.7, 0.4), guide)
     levels = passes(sampling, EDM())
@@ -226,21 +233,24 @@ def test_samples_by_a_weaker_network(num_classes):
     assert 0 < inside < len(levels)
     assert network.rows == [3] * len(levels)
     assert guide.rows == [3] * inside
-    plain, weak = (run(Counting(num_classes), Sampling(steps=6), p) for p in (0.7, 0.4))
+    plain, weak = (run(Counting(num_classes), SamplingConfig(steps=6), p) for p in (0.7, 0.4))
     assert relative_error(guided, plain) > 1e-2
     # Guided by itself a network is as it is, and with a guidance of 0 only the guide speaks.
     itself = run(network, sampling, (0.7, 0.7), guide)
     assert relative_error(itself, plain) <= 1e-6
-    instead = run(network, Sampling(steps=6, guidance=0.0), (0.7, 0.4), guide)
+    instead = run(network, SamplingConfig(steps=6, guidance=0.0), (0.7, 0.4), guide)
     assert relative_error(instead, weak) <= 1e-6
 
 
 def test_a_smaller_network_of_another_method_guides():
-    network, guide = Network(tiny_config()), Network(tiny_config("dit", {"model.width": 16, "model.depth": 1}))
-    check_guide(tiny_config(), tiny_config("dit", {"model.width": 16, "model.depth": 1}))
+    network, guide = (
+        make_network(tiny_config()),
+        make_network(tiny_config("dit", {"model.width": 16, "model.depth": 1})),
+    )
+    check_guide(tiny_config(), tiny_config("dit", WEAKER))
     params = random_params(network.init), random_params(guide.init)
-    out = run(network, Sampling(steps=4, guidance=2.0), params, guide)
-    plain = run(network, Sampling(steps=4), params[0])
+    out = run(network, SamplingConfig(steps=4, guidance=2.0), params, guide)
+    plain = run(network, SamplingConfig(steps=4), params[0])
     assert np.isfinite(out).all()
     assert relative_error(out, plain) > 1e-3
 
@@ -252,17 +262,18 @@ def test_a_smaller_network_of_another_method_guides():
         ("model.channels", 4),
         ("model.num_classes", 5),
         ("diffusion.name", "ddpm"),
-        ("diffusion.sigma_data", 0.7),
+        ("diffusion.edm.sigma_data", 0.7),
         ("codec.name", "latents"),
         ("codec.scale", (0.3,)),
     ],
 )
 def test_what_cannot_guide_is_said(key, value):
     config = tiny_config()
-    section, name = key.split(".")
-    own = getattr(getattr(config, section), name)
     with pytest.raises(UserError) as error:
         check_guide(
             config, tiny_config("sd_dit", {key: value} | ({"data.source": "latents:x"} if value == "latents" else {}))
         )
-    assert f"the guide has {key} {value}, but the network that it is to guide {own}" in str(error.value)
+    said = {"diffusion.name": "diffusion ('DDPM', None)", "diffusion.edm.sigma_data": "diffusion ('EDM', 0.7)"}
+    own = "('EDM', 0.5)" if key in said else operator.attrgetter(key)(config)
+    expected = f"the guide has {said.get(key, f'{key} {value}')}, but the network that it is to guide {own}"
+    assert expected in str(error.value)

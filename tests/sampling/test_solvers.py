@@ -8,10 +8,10 @@ import pytest
 from helpers import random_params, tiny_config
 from tiny import jit
 
-from sddit_jax.config.schema import Sampling
+from sddit_jax.config.parts import make_network
+from sddit_jax.config.schema import SamplingConfig
 from sddit_jax.method.codec import LatentCodec, PixelCodec
 from sddit_jax.method.diffusion import DDPM, EDM
-from sddit_jax.models.transformer import Network
 from sddit_jax.sampling.guidance import make_denoise, make_output
 from sddit_jax.sampling.sampler import make_sample, schedule
 from sddit_jax.sampling.solvers import dpmpp_2m, euler, heun, noise_levels
@@ -107,9 +107,9 @@ def test_without_guidance_or_classes_there_is_no_null_pass(guidance, num_classes
 @pytest.fixture(scope="module", params=["heun", "stochastic"])
 def generate(request):
     """generate(indices, labels, seed=0) -> images as int32, from one compiled sampler per batch size."""
-    network = Network(tiny_config())
+    network = make_network(tiny_config())
     params = random_params(network.init)
-    sampling = Sampling(solver=request.param, steps=3, guidance=1.5)
+    sampling = SamplingConfig(solver=request.param, steps=3, guidance=1.5)
     sample = jit(make_sample(network, EDM(), PixelCodec((0.0,), (0.5,)), sampling))
 
     def generate(indices, labels, seed=0):
@@ -141,7 +141,7 @@ class Smooth:
 
 def smooth_samples(**settings):
     codec = LatentCodec((0.0,), (1.0,))
-    sample = jax.jit(make_sample(Smooth(), EDM(), codec, Sampling(steps=9, **settings)))
+    sample = jax.jit(make_sample(Smooth(), EDM(), codec, SamplingConfig(steps=9, **settings)))
     return np.asarray(sample({}, 3, jnp.arange(5), jnp.zeros(5, jnp.int32)))
 
 
@@ -163,14 +163,14 @@ def test_no_level_is_raised_above_what_ddpm_has():
             return super().network_input(x_BHWC, sigma_B)
 
     def images(s_max):
-        sampling = Sampling(solver="stochastic", steps=20, s_churn=40.0, s_max=s_max)
+        sampling = SamplingConfig(solver="stochastic", steps=20, s_churn=40.0, s_max=s_max)
         sample = jax.jit(make_sample(Smooth(), Recording(), LatentCodec((0.0,), (1.0,)), sampling))
         out = np.asarray(sample({}, 3, jnp.arange(5), jnp.zeros(5, jnp.int32)))
         jax.effects_barrier()
         return out
 
     assert np.isfinite(images(1000.0)).all()
-    levels = np.float64(schedule(DDPM(), Sampling(solver="stochastic", steps=20)))
+    levels = np.float64(schedule(DDPM(), SamplingConfig(solver="stochastic", steps=20)))
     assert levels[1] * 2**0.5 > levels[0]
     raised = np.minimum(levels[:-1] * 2**0.5, levels[0])
     raised[levels[:-1] < 0.05] = levels[:-1][levels[:-1] < 0.05]
@@ -178,7 +178,7 @@ def test_no_level_is_raised_above_what_ddpm_has():
 
 
 def test_each_solver_goes_through_the_levels_that_are_set():
-    sampling = Sampling(steps=4, sigma_min=0.1, sigma_max=30.0, rho=3.0)
+    sampling = SamplingConfig(steps=4, sigma_min=0.1, sigma_max=30.0, rho=3.0)
     levels = schedule(EDM(), sampling)
     np.testing.assert_array_equal(levels, noise_levels(4, 0.1, 30.0, 3.0))
     noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(jax.random.key(3), i), (4, 4, 2)))(jnp.arange(5))

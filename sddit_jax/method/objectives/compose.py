@@ -1,19 +1,28 @@
-"""The methods as compositions: which objectives a configuration is made of."""
+"""The table of objectives, and those that a configuration is made of."""
 
-from sddit_jax.config import schema
-from sddit_jax.method.diffusion import Diffusion
-from sddit_jax.method.objectives.base import Objective
-from sddit_jax.method.objectives.denoising import Denoising, Reconstruction
+import dataclasses
+
+from sddit_jax.method.objectives.base import Context, Objective
+from sddit_jax.method.objectives.denoising import Denoising
 from sddit_jax.method.objectives.discrimination import Discrimination
-from sddit_jax.models.transformer import Network
+from sddit_jax.method.objectives.reconstruction import Reconstruction
+from sddit_jax.settings import setting
+
+# Adding an objective is one file and one row.
+OBJECTIVES: tuple[type[Objective], ...] = (Denoising, Discrimination, Reconstruction)
+
+ObjectivesConfig = dataclasses.make_dataclass(
+    "ObjectivesConfig",
+    [
+        *((kind.name, kind.Config, kind.Config()) for kind in OBJECTIVES),
+        ("label_dropout", float, setting(0.1, "I", "share of labels replaced by the null label", least=0, most=1)),
+    ],
+    frozen=True,
+    namespace={"__doc__": "The terms of the loss. One whose weight is always 0 is left out, with all that it needs."},
+)
 
 
-def make_objectives(config: schema.Config, network: Network, diffusion: Diffusion) -> tuple[Objective, ...]:
-    """The objectives with a weight above 0, in a fixed order."""
-    o, patch = config.objectives, config.model.patch
-    objectives = (
-        Denoising(o.denoising.weight, o.denoising.scope == "visible", patch, diffusion),
-        Discrimination(o.discrimination, network, diffusion, config.steps),
-        Reconstruction(o.reconstruction.weight, patch),
-    )
-    return tuple(objective for objective in objectives if objective.weight)
+def make_objectives(config: ObjectivesConfig, context: Context) -> tuple[Objective, ...]:
+    """The objectives whose weight is not always 0, in the order of the table."""
+    sections = ((kind, getattr(config, kind.name)) for kind in OBJECTIVES)
+    return tuple(kind(section, context) for kind, section in sections if section.active)

@@ -38,8 +38,8 @@ class Case:
 
     def __init__(self, changes):
         self.parts = tiny_parts("sd_dit", changes)
-        self.config = self.parts.config.objectives.discrimination
         self.objective = next(o for o in self.parts.objectives if o.name == "discrimination")
+        self.config = self.objective.config
         self.state = noised_state(self.parts)
         self.aux = self.state["aux"]["discrimination"]
         # Variances that are neither equal nor those at the start.
@@ -54,10 +54,11 @@ class Case:
     @functools.cached_property
     def outputs(self):
         """Raw logits in float64: student's, and teacher's of all tokens, for patch and cls."""
-        network, views = self.parts.network, self.views
-        teacher = self.state["ema"]["default"] if self.config.teacher == "ema" else self.aux["teacher"]
+        network, views, head = self.parts.network, self.views, self.objective.head
+        teacher = {"encoder": self.state["ema"]["default"]["encoder"], **self.aux["teacher"]}
+        own = self.state["params"]["discrimination"]
         sigma = 0.002
-        x_T = (views.x0 + sigma * views.eps) / np.sqrt(sigma**2 + 0.5**2)
+        x_T = (views.x0_BHWC + sigma * views.eps_BHWC) / np.sqrt(sigma**2 + 0.5**2)
 
         @jit
         def project(x_T):
@@ -65,7 +66,10 @@ class Case:
             tokens = {"patch": encoded.tokens_BVD, "cls": encoded.cls_BD[:, None]}
             student = {"patch": views.encoded.tokens_BVD, "cls": views.encoded.cls_BD[:, None]}
             return {
-                kind: (network.project(self.state["params"], student[kind]), network.project(teacher, tokens[kind]))
+                kind: (
+                    head.apply({"params": own}, student[kind]),
+                    head.apply({"params": teacher["head"]}, tokens[kind]),
+                )
                 for kind in tokens
             }
 
@@ -128,15 +132,18 @@ def test_teacher_sees_all_tokens_at_sigma_min_with_the_students_noise_and_label(
     assert len(calls) == 1
     assert len(inputs) == 3  # no mask
     x_BHWC, c_noise_B, label_B = inputs
-    x_T = np.asarray(views.x0, np.float64) + 0.002 * np.asarray(views.eps, np.float64)
+    x_T = np.asarray(views.x0_BHWC, np.float64) + 0.002 * np.asarray(views.eps_BHWC, np.float64)
     np.testing.assert_allclose(x_BHWC, x_T / np.sqrt(0.002**2 + 0.25), rtol=0, atol=1e-6)
     np.testing.assert_allclose(c_noise_B, np.log(0.002) / 4, rtol=1e-6)
     np.testing.assert_array_equal(label_B, views.label_B)
-    dropped = np.asarray(label_B) == case.parts.config.model.num_classes
+    dropped = np.asarray(label_B) == case.parts.network.null_label
     assert dropped.any()
     assert not dropped.all()
     np.testing.assert_allclose(
-        views.noised, views.x0 + np.asarray(views.sigma_B)[:, None, None, None] * views.eps, rtol=1e-5, atol=1e-6
+        views.noised_BHWC,
+        views.x0_BHWC + np.asarray(views.sigma_B)[:, None, None, None] * views.eps_BHWC,
+        rtol=1e-5,
+        atol=1e-6,
     )
 
 
@@ -158,7 +165,7 @@ def test_update_moves_centers_and_variances_by_their_momentum(case):
 
 
 def test_center_of_a_label_that_is_not_in_the_batch_stays(by_condition):
-    case, num_classes = by_condition, by_condition.parts.config.model.num_classes
+    case, num_classes = by_condition, by_condition.parts.network.model.num_classes
     label_B = jnp.where(case.views.label_B == 1, num_classes, case.views.label_B)
     views = case.views.replace(label_B=label_B)
     _, _, statistics = jit(case.objective.loss)(
@@ -181,21 +188,27 @@ def test_own_teacher_follows_the_student_by_the_cosine_momentum(by_condition, st
     new, metrics = case.objective.update(case.aux, case.loss(0)[2], params, jnp.asarray(step))
     np.testing.assert_allclose(metrics["teacher/momentum"], momentum, rtol=1e-6)
     assert set(new["teacher"]) == {"encoder", "head"}
-    expected = {
-        name: jax.tree.map(lambda t, s: momentum * np.float64(t) + (1 - momentum) * np.float64(s), old, params[name])
-        for name, old in case.aux["teacher"].items()
-    }
+    students = {"encoder": params["network"]["encoder"], "head": params["discrimination"]}
+    expected = jax.tree.map(
+        lambda t, s: momentum * np.float64(t) + (1 - momentum) * np.float64(s), case.aux["teacher"], students
+    )
     assert_close(new["teacher"], expected, 1e-6)
 
 
-def test_a_teacher_that_reads_the_sampling_ema_keeps_no_copy(case):
+def test_a_teacher_that_reads_the_sampling_ema_keeps_an_average_of_the_head_alone(case):
     if case.config.teacher == "ema":
-        assert set(case.aux) == {"center", "variance"}
-        new, metrics = case.objective.update(case.aux, case.loss(0)[2], case.state["params"], jnp.asarray(0))
-        assert set(new) == {"center", "variance"}
+        assert set(case.aux["teacher"]) == {"head"}
+        new, metrics = case.objective.update(case.aux, case.loss(0)[2], case.state["params"], jnp.asarray(50))
+        decay = 51 / 60  # the sampling EMA's law
+        expected = jax.tree.map(
+            lambda t, s: decay * np.float64(t) + (1 - decay) * np.float64(s),
+            case.aux["teacher"]["head"],
+            case.state["params"]["discrimination"],
+        )
+        assert_close(new["teacher"], {"head": expected}, 1e-6)
         assert "teacher/momentum" not in metrics
     else:
-        assert set(case.aux) == {"center", "variance", "teacher"}
+        assert set(case.aux["teacher"]) == {"encoder", "head"}
 
 
 def test_microbatches_change_no_loss_gradient_or_statistic():
@@ -237,7 +250,7 @@ def information_by_hand(p_BK, label_B):
 def diagnose(case, aux):
     views = case.views
     return jit(case.objective.diagnose)(
-        aux, case.state["ema"]["default"], views.x0, views.eps, views.label_B, jnp.asarray(15)
+        aux, case.state["ema"]["default"], views.x0_BHWC, views.eps_BHWC, views.label_B, jnp.asarray(15)
     )
 
 
@@ -263,13 +276,10 @@ def test_a_teacher_that_ignores_the_image_has_no_information(by_condition):
 
 def test_the_teacher_starts_as_a_copy_of_the_student_with_centers_of_zero(by_condition):
     case = by_condition
-    aux = case.objective.init(case.state["params"])
-    assert_same_bits(aux["teacher"], {name: case.state["params"][name] for name in ("encoder", "head")})
-    for leaf, source in zip(
-        jax.tree.leaves(aux["teacher"]),
-        jax.tree.leaves({name: case.state["params"][name] for name in ("encoder", "head")}),
-        strict=True,
-    ):
+    aux, params = case.objective.init_state(case.state["params"]), case.state["params"]
+    student = {"encoder": params["network"]["encoder"], "head": params["discrimination"]}
+    assert_same_bits(aux["teacher"], student)
+    for leaf, source in zip(jax.tree.leaves(aux["teacher"]), jax.tree.leaves(student), strict=True):
         assert leaf is not source
     assert not any(np.any(center) for center in aux["center"].values())
     assert {kind: center.shape[0] for kind, center in aux["center"].items()} == {"patch": 16, "cls": 5}

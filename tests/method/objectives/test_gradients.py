@@ -16,9 +16,8 @@ ENCODER = EMBEDDINGS | {"stack"}
 
 def reached(gradients):
     """The groups in which every array has gradient. A group may not be reached in part."""
-    groups = {
-        f"{module}/{name}": subtree for module, children in gradients.items() for name, subtree in children.items()
-    }
+    modules = gradients.get("network", {}) | {name: tree for name, tree in gradients.items() if name != "network"}
+    groups = {f"{module}/{name}": subtree for module, children in modules.items() for name, subtree in children.items()}
     found = set()
     for name, tree in groups.items():
         nonzero = [bool(np.any(leaf)) for leaf in jax.tree.leaves(tree)]
@@ -30,7 +29,8 @@ def reached(gradients):
 
 
 def groups_of(params, *modules):
-    return {f"{module}/{name}" for module in modules for name in params[module]}
+    found = params["network"] | params
+    return {f"{module}/{name}" for module in modules for name in found[module]}
 
 
 def loss_gradients(parts, objective, stop=()):
@@ -39,12 +39,13 @@ def loss_gradients(parts, objective, stop=()):
     network, diffusion = parts.network, parts.diffusion
 
     def loss(params, aux, ema):
-        views = student_views(params, parts, drawn)
+        views = student_views(params["network"], parts, drawn)
         if stop:
             held = {name: jax.lax.stop_gradient(getattr(views.encoded, name)) for name in stop}
             encoded = views.encoded.replace(**held)
-            output = network.decode(params, encoded, drawn["mask"])
-            views = views.replace(encoded=encoded, denoised=diffusion.denoised(views.noised, output, views.sigma_B))
+            output = network.predict(params["network"], encoded, drawn.mask)
+            denoised = diffusion.denoised(views.noised_BHWC, output, views.sigma_B)
+            views = views.replace(encoded=encoded, denoised_BHWC=denoised)
         return objective.loss(params, aux, ema, views, state["step"])[0]
 
     return jit(jax.grad(loss, argnums=(0, 1, 2)))(
@@ -60,7 +61,7 @@ def objective_of(parts, name):
     ("method", "name", "modules"),
     [
         ("sd_dit", "denoising", ("encoder", "decoder")),
-        ("sd_dit", "discrimination", ("encoder", "head")),
+        ("sd_dit", "discrimination", ("encoder", "discrimination")),
         ("maskdit", "denoising", ("encoder", "decoder")),
         ("maskdit", "reconstruction", ("encoder", "decoder")),
         pytest.param("dit_decoder", "denoising", ("encoder", "decoder"), marks=pytest.mark.slow),
@@ -75,7 +76,7 @@ def test_each_loss_reaches_its_own_modules_whole_and_no_other(method, name, modu
     if name == "discrimination":
         assert reached(aux["teacher"]) == set()
     if method == "sd_dit":
-        assert {"encoder/cls", "head/prototypes"} <= groups_of(gradients, "encoder", "head")
+        assert {"encoder/cls", "discrimination/prototypes"} <= groups_of(gradients, "encoder", "discrimination")
     if method == "maskdit":
         assert "decoder/mask_token" in groups_of(gradients, "decoder")
 
@@ -111,10 +112,10 @@ def hidden_pixels():
     parts = tiny_parts("sd_dit")
     params = noised_state(parts)["params"]
     views = make_views(parts, params)
-    model, mask = parts.config.model, views.mask
+    params, model, mask = params["network"], parts.network.model, views.mask
     hidden_BN1 = (
-        jnp.zeros((len(views.x0), parts.network.tokens, 1))
-        .at[jnp.arange(len(views.x0))[:, None], mask.hidden_BM]
+        jnp.zeros((len(views.x0_BHWC), model.tokens, 1))
+        .at[jnp.arange(len(views.x0_BHWC))[:, None], mask.hidden_BM]
         .set(1.0)
     )
     ones = jnp.ones((1, 1, model.patch**2 * model.channels))
@@ -132,10 +133,10 @@ def test_invisible_pixels_do_not_change_the_encoders_output_but_the_decoders(hid
     @jit
     def outputs(noised):
         encoded = encoder_outputs(parts, params, views, noised)
-        return encoded.cls_BD, encoded.tokens_BVD, parts.network.decode(params, encoded, views.mask)
+        return encoded.cls_BD, encoded.tokens_BVD, parts.network.predict(params, encoded, views.mask)
 
-    before = outputs(views.noised)
-    after = outputs(views.noised + 3.0 * hidden_BHWC)
+    before = outputs(views.noised_BHWC)
+    after = outputs(views.noised_BHWC + 3.0 * hidden_BHWC)
     np.testing.assert_array_equal(before[0], after[0])
     np.testing.assert_array_equal(before[1], after[1])
     visible_changes = take_patches(parts, before[2] - after[2], views.mask.visible_BV)
@@ -144,7 +145,7 @@ def test_invisible_pixels_do_not_change_the_encoders_output_but_the_decoders(hid
 
 def take_patches(parts, image_BHWC, positions_BV):
     return np.take_along_axis(
-        np.asarray(patchify(image_BHWC, parts.config.model.patch)), np.asarray(positions_BV)[:, :, None], axis=1
+        np.asarray(patchify(image_BHWC, parts.network.model.patch)), np.asarray(positions_BV)[:, :, None], axis=1
     )
 
 
@@ -159,7 +160,7 @@ def test_the_encoders_output_has_no_gradient_for_invisible_pixels(hidden_pixels)
         cls = (encoded.cls_BD * jax.random.normal(keys[0], encoded.cls_BD.shape)).sum()
         return cls + (encoded.tokens_BVD * jax.random.normal(keys[1], encoded.tokens_BVD.shape)).sum()
 
-    gradient_BHWC = np.asarray(gradient(views.noised))
+    gradient_BHWC = np.asarray(gradient(views.noised_BHWC))
     hidden = np.asarray(hidden_BHWC) == 1
     assert 0 < hidden.mean() < 0.5
     assert np.all(gradient_BHWC[hidden] == 0)

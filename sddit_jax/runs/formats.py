@@ -1,0 +1,62 @@
+"""Checkpoints of earlier formats: how their states were laid out, and how they become states of today.
+
+Format 2: parameters, and all that is laid out like them, were {encoder, decoder, head}, the head that of the
+discrimination, and the sampling EMA had a head too. Today they are {network: {encoder, decoder}, discrimination: head},
+and the EMA is of the network alone.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+FORMAT_VERSION = 3
+READABLE = (2, 3)
+
+
+def as_format_2(state: Mapping[str, Any], ema_head: Any) -> dict[str, Any]:
+    """A state of today, or the `ema` of one, as format 2 laid it out. ema_head: the EMA's head, or empty."""
+
+    def is_params(tree: Any) -> bool:
+        return isinstance(tree, Mapping) and "network" in tree
+
+    def flat(tree: Any) -> Any:
+        if not is_params(tree):
+            return tree
+        head = {"head": tree["discrimination"]} if "discrimination" in tree else {}
+        return {**tree["network"], **head}
+
+    old = {key: jax.tree.map(flat, tree, is_leaf=is_params) for key, tree in state.items()}
+    head = {"head": ema_head} if ema_head else {}
+    old["ema"] = {name: {**network, **head} for name, network in state["ema"].items()}
+    if _head_alone(state):
+        # The teacher was the EMA, its head included, and nothing else was kept.
+        own = {key: tree for key, tree in state["aux"]["discrimination"].items() if key != "teacher"}
+        old["aux"] = {**state["aux"], "discrimination": own}
+    return old
+
+
+def from_format_2(old: Mapping[str, Any], abstract: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `as_format_2`. abstract: the state of today that is wanted."""
+
+    def is_params(tree: Any) -> bool:
+        return isinstance(tree, Mapping) and {"encoder", "decoder"} <= tree.keys()
+
+    def nested(tree: Any) -> Any:
+        if not is_params(tree):
+            return tree
+        own = {"discrimination": tree["head"]} if "head" in tree else {}
+        return {"network": {name: tree[name] for name in ("encoder", "decoder")}, **own}
+
+    state = {key: jax.tree.map(nested, tree, is_leaf=is_params) for key, tree in old.items() if key != "ema"}
+    state["ema"] = {name: nested(tree)["network"] for name, tree in old["ema"].items()}
+    if _head_alone(abstract):
+        own = {**state["aux"]["discrimination"], "teacher": {"head": old["ema"]["default"]["head"]}}
+        state["aux"] = {**state["aux"], "discrimination": own}
+    return state
+
+
+def _head_alone(state: Mapping[str, Any]) -> bool:
+    """Whether the discrimination's teacher takes its encoder from the EMA."""
+    teacher = state.get("aux", {}).get("discrimination", {}).get("teacher")
+    return teacher is not None and "encoder" not in teacher
