@@ -17,7 +17,7 @@ DIT_CHANGES = {"model.learn_sigma": True, "model.null_label": "row"}
 
 
 def published(method, size, changes):
-    model = {f"model.{key}": value for key, value in decode(size).items()}
+    model = {f"model.{key}": value for key, value in parse(size).items()}
     return make_config(method, model | changes)
 
 
