@@ -23,7 +23,7 @@ from sddit_jax import cli
 from sddit_jax.config.schema import ParallelConfig
 from sddit_jax.evaluation import metrics
 from sddit_jax.evaluation.comparison import NEIGHBOURS, SPLIT_SIZE, SUBSET_SIZE, SUBSETS
-from sddit_jax.evaluation.feature_spaces import Features, FeatureSpace, Measured, measure, on_devices, pixels_space
+from sddit_jax.evaluation.feature_spaces import Features, FeatureSpace, Measured, device_space, measure, pixels_space
 from sddit_jax.evaluation.reference_files import Statistics
 from sddit_jax.models import inception
 from sddit_jax.parallel import sharding
@@ -72,7 +72,7 @@ def make_space() -> FeatureSpace:
             x = jax.image.resize(images.astype(jnp.float32) / 128, (len(images), 16, 16, 3), "linear", antialias=False)
             return Features(*jnp.split(jax.nn.relu(x.reshape(len(x), -1) @ params), widths, axis=1))
 
-    return FeatureSpace(FEATURES.value, on_devices(function, params, mesh, BATCH_SIZE.value), {})
+    return device_space(FEATURES.value, function, params, mesh, BATCH_SIZE.value, {})
 
 
 def timed(what: str, compute: Callable[[], Any]) -> tuple[Any, float]:

@@ -18,9 +18,11 @@ from sddit_jax.config.border import resolve
 from sddit_jax.config.parts import make_parts
 from sddit_jax.config.schema import ParallelConfig
 from sddit_jax.errors import UserError
+from sddit_jax.generation.drawing import make_generate
 from sddit_jax.parallel import sharding
 from sddit_jax.runs.folder import open_checkpoints
-from sddit_jax.sampling.sampler import balanced_labels, make_generate, make_sample
+from sddit_jax.sampling.labels import balanced_labels
+from sddit_jax.sampling.sampler import make_sample
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run of pixels.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 64, "Images.", lower_bound=1)

@@ -52,7 +52,7 @@ SPLIT = flags.DEFINE_string("split", "train", "Which of them; for tfds also a sl
 RESOLUTION = flags.DEFINE_integer("resolution", None, "Side to which images of --source are cropped, as ADM does.", 1)
 DOWNLOAD = flags.DEFINE_bool("download", False, "Let TensorFlow Datasets prepare what is missing of tfds:NAME.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images computed at a time, by all devices.", lower_bound=1)
-NUM_THREADS = flags.DEFINE_integer("num_threads", 16, "Threads that decode images.", lower_bound=1)
+NUM_THREADS = flags.DEFINE_integer("num_threads", 16, "Threads that read images.", lower_bound=1)
 flags.adopt_module_key_flags(process_flags)
 
 

@@ -8,6 +8,8 @@ Several processes share the work with --process_index=0 --process_count=4 and so
 do not need to see each other.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import jax
@@ -20,6 +22,7 @@ from sddit_jax.data.sources import open_source
 from sddit_jax.errors import UserError
 from sddit_jax.models.autoencoder import Autoencoder
 from sddit_jax.parallel import sharding
+from sddit_jax.runs.reporting import Progress
 from sddit_jax.weights.autoencoder import load_autoencoder
 
 SOURCE = flags.DEFINE_string("source", None, "The images: folder:PATH or tfds:NAME, such as tfds:imagenet2012.")
@@ -35,7 +38,7 @@ SHIFT = flags.DEFINE_float("shift_factor", None, "Instead of the autoencoder's o
 DOWNLOAD = flags.DEFINE_bool("download", False, "Let TensorFlow Datasets prepare what is missing of tfds:NAME.")
 PROCESS = flags.DEFINE_integer("process_index", None, "Which of several processes this is. Left out: as jax has it.")
 PROCESSES = flags.DEFINE_integer("process_count", None, "How many processes share the work. Left out: as jax has it.")
-NUM_THREADS = flags.DEFINE_integer("num_threads", 16, "Threads that decode images.", lower_bound=1)
+NUM_THREADS = flags.DEFINE_integer("num_threads", 16, "Threads that read images.", lower_bound=1)
 
 
 def main() -> None:
@@ -67,12 +70,19 @@ def main() -> None:
     prepare(
         source,
         plan,
-        make_encode(autoencoder, params, mesh),
+        make_encode(autoencoder, params, mesh, BATCH_SIZE.value),
         Path(OUTPUT.value).expanduser(),
         num_threads=NUM_THREADS.value,
         process_index=index,
         process_count=count,
+        open_progress=lambda total, done: _shown(Progress(total, done, primary=index == 0, unit="image")),
     )
+
+
+@contextmanager
+def _shown(progress: Progress) -> Iterator[Callable[[int, str], None]]:
+    with closing(progress):
+        yield progress.show
 
 
 if __name__ == "__main__":

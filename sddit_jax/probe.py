@@ -23,7 +23,7 @@ from sddit_jax.evaluation.representation import (
     STATE_PATHS,
     TEMPERATURE,
     WEIGHTS,
-    Features,
+    FeatureExtractor,
     chance,
     load_encoders,
     load_images,
@@ -33,10 +33,10 @@ from sddit_jax.evaluation.representation import (
     untrained_encoder,
 )
 from sddit_jax.files import check_output, explained, write_json
-from sddit_jax.generation.autoencoder_decoding import load_decode
-from sddit_jax.generation.decoding import decode_on
+from sddit_jax.generation.decoding import load_decode
 from sddit_jax.parallel import sharding
 from sddit_jax.parallel.hooks import make_hooks
+from sddit_jax.parallel.rows import gather_rows, put_rows
 from sddit_jax.runs.pictures import as_pictures
 from sddit_jax.runs.reporting import save_grid
 
@@ -127,9 +127,10 @@ def main() -> None:
         num_test=NUM_TEST.value,
         seed=SEED.value,
     )
-    features = Features(parts, mesh, SEED.value, BATCH_SIZE.value)
+    features = FeatureExtractor(parts, mesh, SEED.value, BATCH_SIZE.value)
     pictured = test.keep(slice(PICTURES.value))
-    images_BHWC = as_pictures(decode_on(mesh, decode, parts.codec.as_stored(parts.codec.expected(pictured.batch))))
+    x_BHWC = parts.codec.as_stored(parts.codec.expected(pictured.batch))
+    images_BHWC = as_pictures(gather_rows(decode(put_rows(mesh, x_BHWC)), len(x_BHWC)))
     rows = probe(features, encoders, untrained_encoder(parts, mesh), train, test, sigmas, blocks)
     components_BHW3 = principal_rows(features, encoders, pictured, sigmas, blocks[-1], images_BHWC.shape[1])
     if jax.process_index() != 0:

@@ -26,8 +26,8 @@ from sddit_jax.config.border import resolve
 from sddit_jax.config.parts import make_parts
 from sddit_jax.config.schema import ParallelConfig, SamplingConfig
 from sddit_jax.errors import UserError
-from sddit_jax.generation.autoencoder_decoding import load_decode
-from sddit_jax.generation.drawing import Model, draw_class_grid, draw_samples, draw_strip
+from sddit_jax.generation.decoding import load_decode
+from sddit_jax.generation.drawing import Generator, draw_class_grid, draw_samples, draw_strip
 from sddit_jax.generation.sample_folder import SampleFolder
 from sddit_jax.parallel import sharding
 from sddit_jax.runs.folder import open_checkpoints, restore_guide
@@ -104,12 +104,12 @@ def main() -> None:
     mesh = sharding.make_mesh(ParallelConfig())
     indices = range(FIRST.value, FIRST.value + NUM_SAMPLES.value)
     # A batch may end behind the last image.
-    last = 2**31 - BATCH_SIZE.value - mesh.size
+    last = 2**31 - BATCH_SIZE.value
     if indices.stop > last:
         raise UserError(f"--first={FIRST.value} --num_samples={NUM_SAMPLES.value}: indices end at {last}")
     autoencoder = config.codec.autoencoder if VAE.value is None else VAE.value
     decode = load_decode(autoencoder, meta["codec"], mesh)
-    model = Model(
+    generator = Generator(
         lambda levels=None: make_sample(parts.network, parts.diffusion, parts.codec, config.sampling, guide, levels),
         schedule(parts.diffusion, config.sampling),
         decode,
@@ -132,7 +132,7 @@ def main() -> None:
             "rho": config.sampling.rho,
             "guidance_channels": config.sampling.guidance_channels,
         },
-        "noise_levels": model.noise_levels.tolist(),
+        "noise_levels": generator.noise_levels.tolist(),
         "churn": churn if config.sampling.solver == "stochastic" else None,
         "guidance": config.sampling.guidance,
         "guidance_interval": config.sampling.guidance_interval,
@@ -152,12 +152,12 @@ def main() -> None:
         folder = SampleFolder(
             output, record, _environment(), indices, BATCH_SIZE.value, kind=kind, png=FORMAT.value == "png"
         )
-        draw_samples(model, folder)
+        draw_samples(generator, folder)
         log.info("%d images of step %d in %s", len(indices), meta["step"], output)
     if STRIP.value:
-        draw_strip(model, indices.start, output / "strip.png", record)
+        draw_strip(generator, indices.start, output / "strip.png", record)
     if CLASS_GRID.value:
-        draw_class_grid(model, classes, indices.start, output / "class_grid.png", record)
+        draw_class_grid(generator, classes, indices.start, output / "class_grid.png", record)
 
 
 def _classes(num_classes: int) -> np.ndarray:

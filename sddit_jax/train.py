@@ -21,8 +21,8 @@ from sddit_jax.data.sources import Source, open_source
 from sddit_jax.errors import CheckpointError, ConfigError, DataError, Diverged, Interrupted
 from sddit_jax.evaluation import diagnosis
 from sddit_jax.evaluation.distance import Monitor, recorded_best
-from sddit_jax.generation.autoencoder_decoding import load_decode
-from sddit_jax.generation.decoding import Decode
+from sddit_jax.generation.decoding import Decode, load_decode
+from sddit_jax.generation.drawing import make_generate
 from sddit_jax.method.codec import check_codec
 from sddit_jax.method.state import Parts, State
 from sddit_jax.method.train_step import make_train_step
@@ -33,7 +33,8 @@ from sddit_jax.parallel.sharding import abstract_state
 from sddit_jax.runs.checkpoint import Checkpointer
 from sddit_jax.runs.folder import CHECKPOINTS, CONFIG, read_config, restore_run, write_config
 from sddit_jax.runs.reporting import MetricsLog, Progress, save_grid
-from sddit_jax.sampling.sampler import balanced_labels, make_generate, make_sample
+from sddit_jax.sampling.labels import balanced_labels
+from sddit_jax.sampling.sampler import make_sample
 
 log = logging.getLogger("sddit_jax")
 

@@ -70,7 +70,7 @@ def run(spec: str, vae: Path, output: Path, *, split: str = "train", batch_size:
     plan = preparation.make_plan(
         source, split, autoencoder, params, batch_size=batch_size, records_per_shard=records_per_shard
     )
-    encode = preparation.make_encode(autoencoder, params, sharding.make_mesh(ParallelConfig()))
+    encode = preparation.make_encode(autoencoder, params, sharding.make_mesh(ParallelConfig()), batch_size)
     preparation.prepare(source, plan, encode, output, num_threads=2)
     return source, autoencoder, params
 

@@ -28,13 +28,13 @@ from sddit_jax.errors import UserError
 from sddit_jax.evaluation.reference_files import open_evaluation_file
 from sddit_jax.generation import drawing
 from sddit_jax.generation.decoding import AS_IT_IS
-from sddit_jax.generation.drawing import Model, draw_class_grid, draw_samples, draw_strip
+from sddit_jax.generation.drawing import Generator, draw_class_grid, draw_samples, draw_strip, make_generate
 from sddit_jax.generation.sample_folder import SampleFolder
 from sddit_jax.parallel.sharding import make_mesh, replicated
 from sddit_jax.runs.checkpoint import Checkpointer
 from sddit_jax.runs.pictures import grid
 from sddit_jax.sampling.labels import labels_of
-from sddit_jax.sampling.sampler import make_generate, make_sample, schedule
+from sddit_jax.sampling.sampler import make_sample, schedule
 
 ROOT = Path(__file__).parents[1]
 RECORD = {"workdir": "/run", "seed": 3, "labels": "random", "codec": {"name": "pixels"}}
@@ -73,10 +73,10 @@ class TestLabels:
 
 def make_model(
     devices: int = 1, sampling: SamplingConfig = SAMPLING, dtype: str = "float32", labels: str = "random"
-) -> Model:
+) -> Generator:
     parts = make_parts(tiny_config(changes={"model.dtype": dtype}))
     mesh = make_mesh(ParallelConfig(), jax.devices()[:devices])
-    return Model(
+    return Generator(
         lambda levels=None: make_sample(parts.network, parts.diffusion, parts.codec, sampling, levels=levels),
         schedule(parts.diffusion, sampling),
         AS_IT_IS,
@@ -88,7 +88,7 @@ def make_model(
 
 
 @pytest.fixture(scope="module")
-def model() -> Model:
+def model() -> Generator:
     """On one device; all who draw from it share its compiled sampler."""
     model = make_model()
     sample = jax.jit(model.sample())
@@ -191,7 +191,7 @@ class TestDrawing:
         assert digests(tmp_path) == digests(whole)
 
     def test_a_finished_folder_is_left_as_it_is(self, model, whole, monkeypatch):
-        monkeypatch.setattr(drawing, "gather", None)
+        monkeypatch.setattr(drawing, "gather_rows", None)
         times = [path.stat().st_mtime_ns for path in sorted(whole.iterdir())]
         draw_samples(model, folder_of(whole, record=RECORD | {"workdir": "/moved"}))
         assert times == [path.stat().st_mtime_ns for path in sorted(whole.iterdir())]

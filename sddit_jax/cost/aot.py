@@ -13,8 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from sddit_jax.config.parts import make_parts
 from sddit_jax.config.schema import Config
@@ -23,6 +22,7 @@ from sddit_jax.errors import UserError
 from sddit_jax.method.train_step import make_train_step
 from sddit_jax.parallel import sharding
 from sddit_jax.parallel.hooks import make_hooks
+from sddit_jax.parallel.rows import full_size, split_rows
 from sddit_jax.parallel.sharding import abstract_state
 from sddit_jax.sampling.sampler import make_sample
 
@@ -147,9 +147,8 @@ def lower_train_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
 def lower_sampler(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     """The sampler of a run's grids."""
     parts = make_parts(config, make_hooks(mesh, config.model))
-    rows = NamedSharding(mesh, P(mesh.axis_names))
-    count = config.sampling.grid + -config.sampling.grid % mesh.size
-    integers = jax.ShapeDtypeStruct((count,), jnp.int32, sharding=rows)
+    rows = split_rows(mesh)
+    integers = jax.ShapeDtypeStruct((full_size(mesh, config.sampling.grid),), jnp.int32, sharding=rows)
     sample = make_sample(parts.network, parts.diffusion, parts.codec, config.sampling)
     params = abstract_state(parts, mesh)["ema"]["default"]
     seed = jax.ShapeDtypeStruct((), jnp.int32)

@@ -1,12 +1,11 @@
-"""Latents of images: decoded ahead by threads, encoded with their mirror images on all devices, written by shards."""
+"""Latents of images: read ahead by threads, encoded with their mirror images on all devices, written by shards."""
 
-import collections
 import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +13,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sddit_jax.ahead import begun_ahead, read_ahead
 from sddit_jax.data import shards
 from sddit_jax.data.images import BadImageError
 from sddit_jax.data.sources import ImageSource
 from sddit_jax.errors import DataError, Interrupted
 from sddit_jax.models.autoencoder import Autoencoder
-from sddit_jax.parallel import sharding
+from sddit_jax.parallel.rows import OverDevices, gather_rows
+from sddit_jax.parallel.sharding import replicated
 from sddit_jax.parallel.signals import stop_signals
-from sddit_jax.runs.reporting import Progress
 from sddit_jax.weights.files import weights_hash
 
 log = logging.getLogger("sddit_jax")
 
 Encode = Callable[[np.ndarray], jax.Array]
+OpenProgress = Callable[[int, int], AbstractContextManager[Callable[[int, str], None]]]
 
 
-def make_encode(autoencoder: Autoencoder, params: Any, mesh: jax.sharding.Mesh) -> Encode:
-    """uint8 images [B, H, W, C] -> moments float16 [B, 2, 2, h, w, c]; axis 1: image, mirror image; axis 2: mean, std.
+def make_encode(autoencoder: Autoencoder, params: Any, mesh: jax.sharding.Mesh, batch_size: int) -> Encode:
+    """uint8 images [b, H, W, C] -> moments float16 [B, 2, 2, h, w, c]; axis 1: image, mirror image; axis 2: mean, std.
 
-    The rows are split over the mesh's devices.
+    B is `batch_size` rounded up to the devices, over which the rows are split; those behind the first b are of no use.
     """
-    rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    params = jax.device_put({"encoder": params["encoder"]}, everywhere)
+    params = jax.device_put({"encoder": params["encoder"]}, replicated(mesh))
 
     def encode(params: Any, image_BHWC: jax.Array) -> jax.Array:
         x_BHWC = image_BHWC.astype(jnp.float32) / 127.5 - 1
@@ -44,8 +44,8 @@ def make_encode(autoencoder: Autoencoder, params: Any, mesh: jax.sharding.Mesh) 
         moments = jnp.stack([mean_BHWC, std_BHWC], axis=1).astype(jnp.float16)
         return moments.reshape(-1, 2, *moments.shape[1:])
 
-    compiled = jax.jit(encode, in_shardings=(everywhere, rows), out_shardings=rows)
-    return lambda image_BHWC: compiled(params, jax.device_put(image_BHWC, rows))
+    compute = OverDevices(encode, mesh, batch_size)
+    return lambda image_bHWC: compute.begin((params,), (image_bHWC,))
 
 
 def make_plan(
@@ -103,10 +103,12 @@ def prepare(
     num_threads: int = 16,
     process_index: int = 0,
     process_count: int = 1,
+    open_progress: OpenProgress = lambda total, done: nullcontext(lambda done, words: None),
 ) -> None:
     """Writes this process's shards that are not there yet, waits for those of others, and completes the folder.
 
-    Shard k is the work of process k % process_count.
+    Shard k is the work of process k % process_count. open_progress(total, done) gives a context with show(done, words),
+    which is called as images of this process are encoded.
 
     Raises:
       DataError: the folder is that of another plan, cannot be written, or not one image can be read.
@@ -116,10 +118,9 @@ def prepare(
     own = range(process_index, plan.num_shards, process_count)
     missing = [shard for shard in shards.unfinished(output, plan) if shard in own]
     total, left = (sum(len(plan.images(shard)) for shard in group) for group in (own, missing))
-    progress = Progress(total, total - left, primary=process_index == 0, unit="image")
     began = time.monotonic()
 
-    with stop_signals() as signals, closing(progress), ThreadPoolExecutor(num_threads) as pool:
+    with stop_signals() as signals, open_progress(total, total - left) as show, ThreadPoolExecutor(num_threads) as pool:
 
         def check_signals() -> None:
             if signals:
@@ -130,12 +131,12 @@ def prepare(
                 check_signals()
                 yield moments, label, index
                 now = done + int(index[-1]) + 1 - first
-                progress.show(total - left + now, f"{now / (time.monotonic() - began):.4g} images/s")
+                show(total - left + now, f"{now / (time.monotonic() - began):.4g} images/s")
 
         done = 0
         for shard in missing:
             images, bad_files = plan.images(shard), {}
-            read = _read_ahead(source, images, pool, ahead=2 * plan.batch_size)
+            read = read_ahead(pool, _reader(source), images, ahead=2 * plan.batch_size)
             batches = _encoded(encode, _batches(source, read, plan.batch_size, bad_files))
             shards.write_shard(output, plan, shard, watched(batches, done, images.start), bad_files)
             done += len(images)
@@ -151,8 +152,8 @@ def prepare(
             log.warning("%d images could not be read and are left out: %s", bad, output / shards.BAD_FILES)
 
 
-def _read_ahead(source: ImageSource, numbers: range, pool: ThreadPoolExecutor, ahead: int) -> Iterator[tuple[int, Any]]:
-    """Each number with what `source.load` gives or the BadImageError that it raises, in order."""
+def _reader(source: ImageSource) -> Callable[[int], tuple[int, Any]]:
+    """read(number) -> the number, and what `source.load` gives or the BadImageError that it raises."""
 
     def read(number: int) -> tuple[int, Any]:
         try:
@@ -160,19 +161,13 @@ def _read_ahead(source: ImageSource, numbers: range, pool: ThreadPoolExecutor, a
         except BadImageError as error:
             return number, error
 
-    pending: collections.deque[Future] = collections.deque()
-    for number in numbers:
-        pending.append(pool.submit(read, number))
-        if len(pending) > ahead:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+    return read
 
 
 def _batches(
     source: ImageSource, read: Iterator[tuple[int, Any]], batch_size: int, bad_files: dict[str, str]
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Images uint8 [batch_size, H, W, C], the last ones padded with zeros; label and number [b] of the b real ones."""
+    """Images uint8 [b, H, W, C], label and number [b]; b is `batch_size`, and less for the last ones."""
     rows = []
     for number, result in read:
         if isinstance(result, BadImageError):
@@ -180,29 +175,19 @@ def _batches(
             continue
         rows.append((*result, number))
         if len(rows) == batch_size:
-            yield _stacked(rows, batch_size)
+            yield _stacked(rows)
             rows = []
     if rows:
-        yield _stacked(rows, batch_size)
+        yield _stacked(rows)
 
 
-def _stacked(rows: list[tuple[np.ndarray, int, int]], batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _stacked(rows: list[tuple[np.ndarray, int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     images, label, number = zip(*rows, strict=True)
-    image_BHWC = np.zeros((batch_size, *images[0].shape), np.uint8)
-    image_BHWC[: len(images)] = images
-    return image_BHWC, np.array(label, np.int32), np.array(number, np.int64)
+    return np.stack(images), np.array(label, np.int32), np.array(number, np.int64)
 
 
 def _encoded(encode: Encode, batches: Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Iterator[shards.Moments]:
-    """Moments, label and number of the real rows. The device computes a batch while the one before is written."""
-    waiting: collections.deque[tuple[jax.Array, np.ndarray, np.ndarray]] = collections.deque()
-    for image_BHWC, label, number in batches:
-        waiting.append((encode(image_BHWC), label, number))
-        if len(waiting) > 1:
-            yield _fetched(*waiting.popleft())
-    while waiting:
-        yield _fetched(*waiting.popleft())
-
-
-def _fetched(moments: jax.Array, label: np.ndarray, number: np.ndarray) -> shards.Moments:
-    return jax.device_get(moments)[: len(label)], label, number
+    """Moments, label and number of the images. The device computes a batch while the one before is written."""
+    begun = ((encode(image_bHWC), label, number) for image_bHWC, label, number in batches)
+    for moments, label, number in begun_ahead(begun):
+        yield gather_rows(moments, len(label)), label, number

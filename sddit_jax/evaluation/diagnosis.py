@@ -15,7 +15,7 @@ from sddit_jax.method.objectives.discrimination import Discrimination
 from sddit_jax.method.state import Parts, State
 from sddit_jax.method.train_step import clean, step_key
 from sddit_jax.parallel.sharding import replicated
-from sddit_jax.sampling.sampler import balanced_labels
+from sddit_jax.sampling.labels import balanced_labels
 
 log = logging.getLogger("sddit_jax")
 Generate = Callable[[Any, int, np.ndarray], np.ndarray]

@@ -21,9 +21,11 @@ from sddit_jax.evaluation.feature_spaces import measure, open_space
 from sddit_jax.evaluation.metrics import frechet_distance
 from sddit_jax.files import read_json, write_json
 from sddit_jax.generation.decoding import Decode
+from sddit_jax.generation.drawing import make_generate
 from sddit_jax.method.state import Parts
 from sddit_jax.parallel.distributed import decided_by_primary
-from sddit_jax.sampling.sampler import balanced_labels, make_generate, make_sample
+from sddit_jax.sampling.labels import balanced_labels
+from sddit_jax.sampling.sampler import make_sample
 
 log = logging.getLogger("sddit_jax")
 

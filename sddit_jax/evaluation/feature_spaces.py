@@ -1,6 +1,5 @@
 """Features in which sets of images are compared, computed on all devices batch by batch, their moments in float64."""
 
-import collections
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,13 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
+from sddit_jax.ahead import begun_ahead
 from sddit_jax.errors import DataError, UserError
 from sddit_jax.evaluation.metrics import RunningMoments
 from sddit_jax.models import inception
+from sddit_jax.parallel.rows import OverDevices, gather_rows
+from sddit_jax.parallel.sharding import replicated
 from sddit_jax.weights.inception import load_inception
 
 NAMES = ("inception", "pixels")
@@ -36,7 +36,8 @@ class Features(NamedTuple):
 class FeatureSpace(NamedTuple):
     """A name, and what makes the features.
 
-    function(uint8 images [B, H, W, C]) -> Features. It may return arrays of JAX that are still being computed.
+    function(uint8 images [B, H, W, C]) -> Features. It may return arrays of JAX that are still being computed, and that
+    have more rows than there are images, which are left out.
     record: what else a result depends on, for JSON.
     """
 
@@ -106,28 +107,23 @@ def inception_space(path: str, mesh: Mesh, batch_size: int) -> FeatureSpace:
         "published_weights": weights.published,
         "resize": "bilinear to 299 x 299, as TensorFlow 1, without antialiasing",
     }
-    return FeatureSpace("inception", on_devices(function, weights.params, mesh, batch_size), record)
+    return device_space("inception", function, weights.params, mesh, batch_size, record)
 
 
-def on_devices(
-    function: Callable[[Any, jax.Array], Any], params: Any, mesh: Mesh, batch_size: int
-) -> Callable[[np.ndarray], Any]:
-    """function(params, images [B, ...]) with the rows over all devices of all processes, compiled once for a shape.
+def device_space(
+    name: str,
+    function: Callable[[Any, jax.Array], Features],
+    params: Any,
+    mesh: Mesh,
+    batch_size: int,
+    record: dict[str, Any],
+) -> FeatureSpace:
+    """A space of function(params, images), computed on all devices of all processes; see `OverDevices`.
 
-    All processes pass the same images, at most `batch_size`, which is rounded up to the devices. The arrays that come
-    back have that many rows: those behind the images are padding.
+    All processes pass the same images, at most `batch_size` at a time.
     """
-    rows, everywhere = NamedSharding(mesh, P(mesh.axis_names)), NamedSharding(mesh, P())
-    batch_size += -batch_size % mesh.size
-    params = jax.device_put(params, everywhere)
-    jitted = jax.jit(function, out_shardings=rows)
-
-    def padded(image_BHWC: np.ndarray) -> Any:
-        padding = np.zeros((batch_size - len(image_BHWC), *image_BHWC.shape[1:]), image_BHWC.dtype)
-        batch = np.concatenate([image_BHWC, padding])
-        return jitted(params, jax.make_array_from_callback(batch.shape, rows, batch.__getitem__))
-
-    return padded
+    compute, params = OverDevices(function, mesh, batch_size), jax.device_put(params, replicated(mesh))
+    return FeatureSpace(name, lambda image_BHWC: compute.begin((params,), (image_BHWC,)), record)
 
 
 def measure(
@@ -205,19 +201,6 @@ class _Moments:
 
 def _computed(space: FeatureSpace, batches: Iterator[np.ndarray]) -> Iterator[Features]:
     """The features on the host. The devices compute a batch while the one before is used, and the next is read."""
-    waiting: collections.deque[tuple[Features, int]] = collections.deque()
-    for image_BHWC in batches:
-        waiting.append((space.function(image_BHWC), len(image_BHWC)))
-        if len(waiting) > 1:
-            yield _fetched(*waiting.popleft())
-    while waiting:
-        yield _fetched(*waiting.popleft())
-
-
-def _fetched(found: Features, count: int) -> Features:
-    def on_host(x: Any) -> np.ndarray:
-        if isinstance(x, jax.Array) and not x.is_fully_addressable:
-            x = multihost_utils.process_allgather(x, tiled=True)
-        return np.asarray(x)[:count]
-
-    return Features(*(None if x is None else on_host(x) for x in found))
+    begun = ((space.function(image_BHWC), len(image_BHWC)) for image_BHWC in batches)
+    for features, count in begun_ahead(begun):
+        yield gather_rows(features, count)

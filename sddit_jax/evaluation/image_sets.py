@@ -1,16 +1,16 @@
 """Images to evaluate, batch by batch in a fixed order: of an npz file, of a folder, or of a source of training data."""
 
-import collections
 import logging
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from sddit_jax.ahead import read_ahead
 from sddit_jax.data.images import FORMATS, BadImageError, read_image
 from sddit_jax.data.sources import FolderSource, ImageSource
 from sddit_jax.errors import DataError
@@ -32,8 +32,8 @@ class ImageSet(Protocol):
         ...
 
 
-class DecodedImages(NamedTuple):
-    """Images that are decoded ahead by threads. load(i) -> image i, or None for one that is left out."""
+class LoadedImages(NamedTuple):
+    """Images that are read ahead by threads. load(i) -> image i, or None for one that is left out."""
 
     shape: tuple[int, int, int, int]
     load: Callable[[int], np.ndarray | None]
@@ -42,23 +42,14 @@ class DecodedImages(NamedTuple):
     def batches(self, size: int) -> Iterator[np.ndarray]:
         """uint8 [size, H, W, C] in the order of the numbers; the last may be smaller."""
         images = []
-        for image in self._decoded(ahead=2 * size):
-            images += [] if image is None else [image]
-            if len(images) == size:
-                yield np.stack(images)
-                images = []
+        with ThreadPoolExecutor(self.num_threads) as pool:
+            for image in read_ahead(pool, self.load, range(self.shape[0]), ahead=2 * size):
+                images += [] if image is None else [image]
+                if len(images) == size:
+                    yield np.stack(images)
+                    images = []
         if images:
             yield np.stack(images)
-
-    def _decoded(self, ahead: int) -> Iterator[np.ndarray | None]:
-        pending: collections.deque[Future] = collections.deque()
-        with ThreadPoolExecutor(self.num_threads) as pool:
-            for number in range(self.shape[0]):
-                pending.append(pool.submit(self.load, number))
-                if len(pending) > ahead:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
 
 
 def open_image_set(path: str | os.PathLike[str], num_threads: int = 16) -> ImageSet:
@@ -77,7 +68,7 @@ def open_image_set(path: str | os.PathLike[str], num_threads: int = 16) -> Image
     return images
 
 
-def source_image_set(source: ImageSource, num_threads: int = 16) -> DecodedImages:
+def source_image_set(source: ImageSource, num_threads: int = 16) -> LoadedImages:
     """All images of a source of training data. Those that cannot be read are left out, each with a warning."""
 
     def load(number: int) -> np.ndarray | None:
@@ -87,10 +78,10 @@ def source_image_set(source: ImageSource, num_threads: int = 16) -> DecodedImage
             log.warning("left out: %s: %s", source.locate(number), error)
             return None
 
-    return DecodedImages((len(source), *source.image_shape), load, num_threads)
+    return LoadedImages((len(source), *source.image_shape), load, num_threads)
 
 
-def _open_folder(path: Path, num_threads: int) -> DecodedImages:
+def _open_folder(path: Path, num_threads: int) -> LoadedImages:
     # It is only listed: files are read in their own size, not cropped.
     files = FolderSource(path, "", (1, 1, 3))
     height, width, channels = _shape_of(files.locate(0))
@@ -110,7 +101,7 @@ def _open_folder(path: Path, num_threads: int) -> DecodedImages:
         except BadImageError as error:
             raise DataError(f"{file}: {error}") from error
 
-    return DecodedImages((len(files), height, width, channels), load, num_threads)
+    return LoadedImages((len(files), height, width, channels), load, num_threads)
 
 
 def _shape_of(file: str) -> tuple[int, int, int]:

@@ -50,7 +50,7 @@ class Statistics(NamedTuple):
     covariance_DD: np.ndarray
 
 
-class Images(NamedTuple):
+class NpzImages(NamedTuple):
     """The images of a file, which are read as they are needed: ten gigabytes for 50,000 of 256 x 256 pixels."""
 
     path: Path
@@ -79,7 +79,7 @@ class EvaluationFile(NamedTuple):
     pool, spatial: for FID and sFID. features_KD: pooled features of some of the images that `pool` is of.
     """
 
-    images: Images | None
+    images: NpzImages | None
     pool: Statistics | None
     spatial: Statistics | None
     features_KD: np.ndarray | None
@@ -177,13 +177,13 @@ def _read(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     return values
 
 
-def _open_images(path: Path, archive: zipfile.ZipFile) -> Images:
+def _open_images(path: Path, archive: zipfile.ZipFile) -> NpzImages:
     shape, fortran, dtype = _header(path, archive, "arr_0")
     if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or min(shape) < 1:
         raise DataError(f"{path}: arr_0 is {dtype} of shape {list(shape)}; images are uint8 [N, H, W, 3]")
     if fortran:
         raise DataError(f"{path}: arr_0 is in Fortran's order; images have to lie one after the other")
-    return Images(path, shape)
+    return NpzImages(path, shape)
 
 
 def _read_statistics(

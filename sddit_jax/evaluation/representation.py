@@ -4,9 +4,10 @@ The condition is always the null label: adaLN would put the label itself into th
 """
 
 import dataclasses
+import functools
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from sddit_jax.config.border import resolve
 from sddit_jax.config.parts import make_parts
@@ -27,6 +26,7 @@ from sddit_jax.evaluation.diagnosis import discrimination_of
 from sddit_jax.evaluation.metrics import linear_probe, neighbour_votes
 from sddit_jax.method.codec import check_codec
 from sddit_jax.method.state import Parts
+from sddit_jax.parallel.rows import OverDevices
 from sddit_jax.parallel.sharding import abstract_state, shardings
 from sddit_jax.runs.folder import open_checkpoints, read_config, restore_run
 from sddit_jax.runs.pictures import principal_pictures
@@ -89,7 +89,7 @@ def pooled(cls_BKD: jax.Array | None, tokens_BKND: jax.Array) -> dict[str, jax.A
 
 
 @dataclasses.dataclass(frozen=True)
-class Images:
+class LabelledImages:
     """Stored images with labels and numbers, on the host.
 
     batch: {image: uint8 [n, H, W, C]} or {moments: float16 [n, 2, H, W, C]}. index_n: their numbers in the source,
@@ -101,54 +101,50 @@ class Images:
     index_n: np.ndarray
     stream: int
 
-    def keep(self, rows: np.ndarray | slice) -> "Images":
+    def keep(self, rows: np.ndarray | slice) -> "LabelledImages":
         """Some of them."""
         batch = {name: x[rows] for name, x in self.batch.items()}
-        return Images(batch, self.label_n[rows], self.index_n[rows], self.stream)
+        return LabelledImages(batch, self.label_n[rows], self.index_n[rows], self.stream)
 
 
-class Features:
+class FeatureExtractor:
     """Computes features of any number of images, in batches that are split over all devices; on every host.
 
     batch_size: images of one device at a time.
     """
 
     def __init__(self, parts: Parts, mesh: Mesh, seed: int, batch_size: int = 32) -> None:
-        self.parts, self.seed = parts, seed
-        self._rows = NamedSharding(mesh, P(mesh.axis_names))
+        self.parts, self.mesh, self.seed = parts, mesh, seed
         self._batch_size = batch_size * mesh.size
+        self._compiled = functools.cache(self._program)
 
-        def tokens(encoder: Any, batch: Any, index_B: Any, key: Any, sigma: Any, blocks: Sequence[int]) -> Any:
-            return encode(parts, encoder, batch, index_B, key, sigma, blocks)
-
-        self._tokens = jax.jit(tokens, static_argnums=5, out_shardings=self._rows)
-        self._pooled = jax.jit(lambda *args: pooled(*tokens(*args)), static_argnums=5, out_shardings=self._rows)
-
-    def pooled(self, encoder: Any, images: Images, sigma: float, blocks: Sequence[int]) -> dict[str, np.ndarray]:
+    def pooled(
+        self, encoder: Any, images: LabelledImages, sigma: float, blocks: Sequence[int]
+    ) -> dict[str, np.ndarray]:
         """{cls, mean}, of each [n, blocks, D] float32; see `pooled`."""
-        found = list(self._map(self._pooled, encoder, images, sigma, blocks))
-        return {kind: np.concatenate([part[kind] for part in found]) for kind in found[0]}
+        return self._map(pooled, encoder, images, sigma, blocks)
 
-    def patches(self, encoder: Any, images: Images, sigma: float, block: int) -> np.ndarray:
+    def patches(self, encoder: Any, images: LabelledImages, sigma: float, block: int) -> np.ndarray:
         """The patch tokens of a block, [n, N, D] float32."""
-        return np.concatenate([tokens[:, 0] for _, tokens in self._map(self._tokens, encoder, images, sigma, (block,))])
+        _, tokens_n1ND = self._map(_unpooled, encoder, images, sigma, (block,))
+        return tokens_n1ND[:, 0]
 
-    def _map(self, function: Any, encoder: Any, images: Images, sigma: float, blocks: Sequence[int]) -> Iterator[Any]:
+    def _map(
+        self, kind: Callable[..., Any], encoder: Any, images: LabelledImages, sigma: float, blocks: Sequence[int]
+    ) -> Any:
         key = jax.random.fold_in(jax.random.key(self.seed), images.stream)
-        count, size = len(images.index_n), self._batch_size
-        for start in range(0, count, size):
-            # The last batch is filled up with its first images, so that all are computed by one program.
-            taken = np.resize(np.arange(start, min(start + size, count)), size)
-            batch, index_B = jax.tree.map(
-                lambda x, taken=taken: jax.make_array_from_callback(
-                    (size, *x.shape[1:]), self._rows, x[taken].__getitem__
-                ),
-                (images.batch, images.index_n.astype(np.int32)),
-            )
-            out = function(encoder, batch, index_B, key, np.float32(sigma), tuple(blocks))
-            yield jax.tree.map(
-                lambda x, left=count - start: x[:left], multihost_utils.process_allgather(out, tiled=True)
-            )
+        rows = images.batch, images.index_n.astype(np.int32)
+        return self._compiled(kind, tuple(blocks)).map((encoder, key, np.float32(sigma)), rows)
+
+    def _program(self, kind: Callable[..., Any], blocks: tuple[int, ...]) -> OverDevices:
+        def features(encoder: Any, key: Any, sigma: Any, batch: Any, index_B: Any) -> Any:
+            return kind(*encode(self.parts, encoder, batch, index_B, key, sigma, blocks))
+
+        return OverDevices(features, self.mesh, self._batch_size)
+
+
+def _unpooled(cls_BKD: jax.Array | None, tokens_BKND: jax.Array) -> tuple[jax.Array | None, jax.Array]:
+    return cls_BKD, tokens_BKND
 
 
 def load_encoders(
@@ -198,7 +194,7 @@ def load_images(
     num_train: int = 50_000,
     num_test: int = 10_000,
     seed: int = 0,
-) -> tuple[Images, Images, dict[str, Any]]:
+) -> tuple[LabelledImages, LabelledImages, dict[str, Any]]:
     """Images to fit a probe and images to test it, and the record of both.
 
     The training images are of `source` and `split`, or of the run's if they are empty. The test images are of
@@ -263,27 +259,27 @@ def _shuffled(count: int, seed: int) -> np.ndarray:
     return np.argsort(words, kind="stable")
 
 
-def _read(source: Source, index_n: np.ndarray, stream: int, num_threads: int) -> tuple[Images, np.ndarray]:
+def _read(source: Source, index_n: np.ndarray, stream: int, num_threads: int) -> tuple[LabelledImages, np.ndarray]:
     """These images, and the numbers of those that were read in fact."""
     chunks = [index_n[i : i + 256] for i in range(0, len(index_n), 256)] or [index_n]
     with ThreadPoolExecutor(num_threads) as pool:
         found = list(pool.map(lambda index_b: source.read(index_b, np.zeros(len(index_b), bool)), chunks))
     read = {key: np.concatenate([part[key] for part in found]) for key in found[0]}
     label_n, number_n = read.pop("label"), read.pop("index")
-    return Images(read, label_n, index_n, stream), number_n
+    return LabelledImages(read, label_n, index_n, stream), number_n
 
 
-def chance(train: Images, test: Images) -> float:
+def chance(train: LabelledImages, test: LabelledImages) -> float:
     """The accuracy of always naming the most frequent class of the training images."""
     return float((test.label_n == np.bincount(train.label_n).argmax()).mean())
 
 
 def probe(
-    features: Features,
+    features: FeatureExtractor,
     encoders: Mapping[str, Any],
     untrained: Any,
-    train: Images,
-    test: Images,
+    train: LabelledImages,
+    test: LabelledImages,
     sigmas: Sequence[float],
     blocks: Sequence[int],
 ) -> list[dict[str, Any]]:
@@ -305,7 +301,12 @@ def probe(
 
 
 def _accuracies(
-    features: Features, encoder: Any, train: Images, test: Images, sigma: float, blocks: Sequence[int]
+    features: FeatureExtractor,
+    encoder: Any,
+    train: LabelledImages,
+    test: LabelledImages,
+    sigma: float,
+    blocks: Sequence[int],
 ) -> list[dict[str, Any]]:
     width = features.parts.network.model.width
     at_a_time = max(1, int(FEATURE_BYTES / (8 * width * (len(train.index_n) + len(test.index_n)))))
@@ -348,7 +349,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def principal_rows(
-    features: Features, encoders: Mapping[str, Any], images: Images, sigmas: Sequence[float], block: int, size: int
+    features: FeatureExtractor,
+    encoders: Mapping[str, Any],
+    images: LabelledImages,
+    sigmas: Sequence[float],
+    block: int,
+    size: int,
 ) -> np.ndarray:
     """`principal_pictures` of the patch tokens, n for each sigma and encoder: uint8 [rows * n, size, size, 3]."""
     return np.concatenate(

@@ -1,17 +1,22 @@
 """Samples as a person sees them: latents through an autoencoder's decoder, pixels as they are."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from sddit_jax.method.codec import to_pixels
+from sddit_jax.errors import WeightsError
+from sddit_jax.method.codec import LatentCodec, to_pixels
+from sddit_jax.models.autoencoder import Autoencoder
+from sddit_jax.models.tiny_autoencoder import TinyAutoencoder
+from sddit_jax.parallel.rows import split_rows
+from sddit_jax.parallel.sharding import replicated
+from sddit_jax.weights.autoencoder import is_tiny, load_autoencoder, load_tiny_autoencoder
+from sddit_jax.weights.files import weights_hash
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +42,7 @@ def make_decode(
     decoder(params, latents [B, h, w, c]) -> images in [-1, 1]. Each device decodes its rows `rows_per_device` at a
     time: at 512 pixels an image takes a gigabyte on its way.
     """
-    params = jax.device_put({"decoder": params["decoder"]}, jax.sharding.NamedSharding(mesh, P()))
+    params = jax.device_put({"decoder": params["decoder"]}, replicated(mesh))
 
     def own_rows(params: Any, x_BHWC: jax.Array) -> jax.Array:
         batch = len(x_BHWC)
@@ -47,16 +52,37 @@ def make_decode(
         images = jax.lax.map(lambda part: to_pixels(decoder(params, part)), parts)
         return images.reshape(-1, *images.shape[2:])[:batch]
 
-    rows = P(mesh.axis_names)
+    rows = split_rows(mesh).spec
     jitted = jax.jit(jax.shard_map(own_rows, mesh=mesh, in_specs=(P(), rows), out_specs=rows))
     return Decode(lambda x_BHWC: jitted(params, x_BHWC), weights)
 
 
-def decode_on(mesh: Mesh, decode: Decode, x_BHWC: jax.Array) -> np.ndarray:
-    """What `decode` makes of any number of rows, on every host."""
-    x_BHWC = np.asarray(x_BHWC)
-    count = len(x_BHWC)
-    padded = np.resize(x_BHWC, (count + -count % mesh.size, *x_BHWC.shape[1:]))
-    rows = jax.sharding.NamedSharding(mesh, P(mesh.axis_names))
-    images = decode(jax.make_array_from_callback(padded.shape, rows, padded.__getitem__))
-    return multihost_utils.process_allgather(images, tiled=True)[:count]
+def load_decode(autoencoder: str, codec: Mapping[str, Any], mesh: Mesh) -> Decode:
+    """How samples become what is shown and saved: pixels, and latents without an autoencoder, as they are.
+
+    autoencoder: of latents, a folder, a file or a hub id, or empty. A tiny one decodes approximately, and cheaply.
+    codec: the record of the data that the network learnt. Raises WeightsError if the autoencoder cannot be loaded or is
+    not the one of the data.
+    """
+    if not autoencoder:
+        return AS_IT_IS
+    if codec["name"] != "latents":
+        raise WeightsError(f"autoencoder {autoencoder}: the network learnt {codec['name']}, which need none")
+    tiny = is_tiny(autoencoder)
+    config, params = load_tiny_autoencoder(autoencoder) if tiny else load_autoencoder(autoencoder)
+    if codec.get("channels", config.latent_channels) != config.latent_channels:
+        raise WeightsError(
+            f"{autoencoder} has {config.latent_channels} latent channels, but the network learnt {codec['channels']}"
+        )
+    if tiny:
+        # It was distilled to decode what diffusion sees, not what the encoder gives.
+        model, own = TinyAutoencoder(config), LatentCodec(tuple(codec["mean"]), tuple(codec["scale"]))
+        return make_decode(
+            lambda params, x_BHWC: model.decode(params, own.normalise(x_BHWC)), params, mesh, weights_hash(params)
+        )
+    found = weights_hash(params["encoder"])
+    if codec.get("weights", found) != found:
+        raise WeightsError(
+            f"{autoencoder} has an encoder of the weights {found}, but the latents were made with {codec['weights']}"
+        )
+    return make_decode(Autoencoder(config).decode, params, mesh, weights_hash(params["decoder"]))

@@ -28,3 +28,8 @@ def labels_of(spec: str, indices: range, num_classes: int, seed: int) -> np.ndar
         if not 0 <= label < num_classes:
             raise UserError(f"--labels has {label}, but the model's classes are 0 to {num_classes - 1}")
     return np.array(labels, np.int32)[index_N % len(labels)]
+
+
+def balanced_labels(count: int, num_classes: int) -> np.ndarray:
+    """The balanced labels of images 0 to count - 1: int32 [count]."""
+    return labels_of("balanced", range(count), num_classes, seed=0)

@@ -6,12 +6,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from sddit_jax.errors import ConfigError
-from sddit_jax.generation.decoding import AS_IT_IS, Decode
 from sddit_jax.method.codec import Codec
 from sddit_jax.method.diffusion import Diffusion
 from sddit_jax.models.transformer import Network
@@ -20,8 +16,6 @@ from sddit_jax.sampling.guidance import make_denoise, make_guided, make_output
 from sddit_jax.settings import setting
 
 Sample = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
-Draw = Callable[[Any, int, np.ndarray, np.ndarray], jax.Array]
-Generate = Callable[..., np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,49 +117,3 @@ def make_sample(
         return codec.as_stored(solver.solve(problem))
 
     return sample
-
-
-def balanced_labels(count: int, num_classes: int) -> np.ndarray:
-    """0, 1, ..., num_classes - 1, 0, 1, ...: int32 [count]; all 0 when there are no classes."""
-    return (np.arange(count) % max(num_classes, 1)).astype(np.int32)
-
-
-def make_draw(sample: Sample, mesh: Mesh, decode: Decode) -> Draw:
-    """draw(params, seed, index_B, label_B) -> images [B, H, W, C] on the devices, compiled once for each B.
-
-    B is divisible by the number of devices.
-    """
-    rows = NamedSharding(mesh, P(mesh.axis_names))
-    jitted = jax.jit(sample, out_shardings=rows)
-
-    def draw(params: Any, seed: int, index_B: np.ndarray, label_B: np.ndarray) -> jax.Array:
-        integers = (x.astype(np.int32) for x in (index_B, label_B))
-        index_B, label_B = (jax.make_array_from_callback(x.shape, rows, x.__getitem__) for x in integers)
-        return decode(jitted(params, seed, index_B, label_B))
-
-    return draw
-
-
-def gather(images_BHWC: jax.Array) -> np.ndarray:
-    """All rows of what was drawn, on every host."""
-    return multihost_utils.process_allgather(images_BHWC, tiled=True)
-
-
-def make_generate(sample: Sample, mesh: Mesh, batch_size: int, decode: Decode = AS_IT_IS) -> Generate:
-    """generate(params, seed, label_N, index_N=0, 1, ...) -> images [N, H, W, C] on every host, compiled once.
-
-    Works through them in batches of `batch_size` rounded up to the devices, so that neither changes an image beyond
-    rounding.
-    """
-    draw = make_draw(sample, mesh, decode)
-    batch_size += -batch_size % mesh.size
-
-    def generate(params: Any, seed: int, label_N: np.ndarray, index_N: np.ndarray | None = None) -> np.ndarray:
-        index_N = np.arange(len(label_N)) if index_N is None else index_N
-        images = []
-        for start in range(0, len(label_N), batch_size):
-            index_B, label_B = (np.resize(x[start : start + batch_size], batch_size) for x in (index_N, label_N))
-            images.append(gather(draw(params, seed, index_B, label_B)))
-        return np.concatenate(images)[: len(label_N)]
-
-    return generate

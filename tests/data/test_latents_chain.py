@@ -25,7 +25,7 @@ from sddit_jax.config.schema import ParallelConfig
 from sddit_jax.data.preparation import make_encode, make_plan, prepare
 from sddit_jax.data.sources import open_source
 from sddit_jax.errors import ConfigError, WeightsError
-from sddit_jax.generation.autoencoder_decoding import load_decode
+from sddit_jax.generation.decoding import load_decode
 from sddit_jax.method.codec import LatentCodec
 from sddit_jax.method.train_step import clean, draw, step_key
 from sddit_jax.models.autoencoder import Autoencoder
@@ -119,7 +119,7 @@ def test_imagenet_of_tfds_becomes_samples(vae, tmp_path):
     ):
         source = open_source("tfds:imagenet2012", split="validation[:12]", image_size=64, channels=3)
         plan = make_plan(source, "validation[:12]", autoencoder, params, batch_size=8, records_per_shard=8)
-        prepare(source, plan, make_encode(autoencoder, params, make_mesh(ParallelConfig())), output, num_threads=2)
+        prepare(source, plan, make_encode(autoencoder, params, make_mesh(ParallelConfig()), 8), output, num_threads=2)
     flags = ("--config.data.split=validation", "--config.model.num_classes=1000", "--config.data.in_memory=true")
     command("main", config_of(output), f"--workdir={workdir}", *flags)
     command("sample", f"--workdir={workdir}", f"--output={tmp_path}/out", "--num_samples=4", f"--vae={vae}")

@@ -10,7 +10,7 @@ from sddit_jax.data.sources import open_source
 from sddit_jax.errors import DataError, UserError
 from sddit_jax.evaluation import metrics
 from sddit_jax.evaluation.comparison import evaluate, find_samples, full_record, open_reference, table, write_reference
-from sddit_jax.evaluation.feature_spaces import Features, FeatureSpace, measure, on_devices, open_space, pixels_space
+from sddit_jax.evaluation.feature_spaces import Features, FeatureSpace, device_space, measure, open_space, pixels_space
 from sddit_jax.evaluation.image_sets import open_image_set, source_image_set
 from sddit_jax.parallel import sharding
 
@@ -59,7 +59,7 @@ def test_features_are_computed_on_all_devices_in_batches_of_one_shape():
         return Features(jax.numpy.matmul(x, projection, precision="highest"))
 
     mesh = sharding.make_mesh(ParallelConfig())
-    space = FeatureSpace("random", on_devices(function, PROJECTION, mesh, 12), {"name": "random"})
+    space = device_space("random", function, PROJECTION, mesh, 12, {"name": "random"})
     samples = measure(space, batches(FAKE, 12), keep=True)
     assert shapes == [(16, 6, 6, 3)]
     expected = FAKE.reshape(50, -1).astype(np.float64) @ PROJECTION

@@ -1,5 +1,6 @@
 """What the encoder knows: its features, the splits that probe them, and the command."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -22,7 +23,14 @@ from sddit_jax.config.schema import ParallelConfig
 from sddit_jax.data.sources import held_out_split
 from sddit_jax.errors import DataError, UserError
 from sddit_jax.evaluation import representation
-from sddit_jax.evaluation.representation import Features, Images, chance, load_encoders, load_images, untrained_encoder
+from sddit_jax.evaluation.representation import (
+    FeatureExtractor,
+    LabelledImages,
+    chance,
+    load_encoders,
+    load_images,
+    untrained_encoder,
+)
 from sddit_jax.parallel.sharding import make_constrain, make_mesh, shardings
 from sddit_jax.runs.checkpoint import Checkpointer
 from sddit_jax.runs.folder import CHECKPOINTS, write_config
@@ -34,16 +42,16 @@ PIXELS = {"name": "pixels"}
 def make_images(parts, count=21, stream=0):
     m, rng = parts.network.model, np.random.default_rng(0)
     image = rng.integers(0, 256, (count, m.image_size, m.image_size, m.channels), np.uint8)
-    return Images({"image": image}, rng.integers(0, m.num_classes, count), np.arange(count) * 3, stream)
+    return LabelledImages({"image": image}, rng.integers(0, m.num_classes, count), np.arange(count) * 3, stream)
 
 
 def on_mesh(devices, changes=None, batch_size=2, seed=0):
-    """Parts, the encoder of a state in which nothing is 0, and `Features`, on so many devices."""
+    """Parts, the encoder of a state in which nothing is 0, and `FeatureExtractor`, on so many devices."""
     mesh = make_mesh(ParallelConfig(data=1, fsdp=-1), jax.devices()[:devices])
     parts = tiny_parts("sd_dit", changes, make_constrain(mesh))
     encoder = noised_state(parts)["ema"]["default"]["encoder"]
     encoder = jax.device_put(encoder, shardings(mesh, encoder))
-    return parts, encoder, Features(parts, mesh, seed, batch_size)
+    return parts, encoder, FeatureExtractor(parts, mesh, seed, batch_size)
 
 
 @pytest.mark.parametrize("cls_token", [True, False])
@@ -76,19 +84,20 @@ def test_features_depend_on_image_seed_and_number_alone():
     images = make_images(parts)
     expected = features.pooled(encoder, images, 0.7, [2])
     _, split, many = on_mesh(8, batch_size=2)
-    other_labels = Images(images.batch, (images.label_n + 1) % 4, images.index_n, 0)
+    other_labels = LabelledImages(images.batch, (images.label_n + 1) % 4, images.index_n, 0)
     some = images.keep(np.array([20, 3, 11]))
     for kind, x in expected.items():
         np.testing.assert_allclose(many.pooled(split, images, 0.7, [2])[kind], x, rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(features.pooled(encoder, other_labels, 0.7, [2])[kind], x)
         np.testing.assert_allclose(features.pooled(encoder, some, 0.7, [2])[kind], x[[20, 3, 11]], rtol=1e-5, atol=1e-5)
-    same_image = Images({"image": images.batch["image"][[0, 0, 0]]}, images.label_n[:3], np.array([0, 0, 1]), 0)
+    same_image = LabelledImages({"image": images.batch["image"][[0, 0, 0]]}, images.label_n[:3], np.array([0, 0, 1]), 0)
     x = features.pooled(encoder, same_image, 0.7, [2])["mean"]
     np.testing.assert_allclose(x[0], x[1], rtol=1e-6)
     assert np.abs(x[2] - x[0]).max() > 1e-2
-    for changed in (Features(parts, features._rows.mesh, 1, 8), features):
+    for changed in (FeatureExtractor(parts, features.mesh, 1, 8), features):
         stream = 0 if changed is not features else 1
-        moved = changed.pooled(encoder, Images(images.batch, images.label_n, images.index_n, stream), 0.7, [2])["mean"]
+        others = dataclasses.replace(images, stream=stream)
+        moved = changed.pooled(encoder, others, 0.7, [2])["mean"]
         assert np.abs(moved - expected["mean"]).max() > 1e-2
 
 

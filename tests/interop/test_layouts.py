@@ -7,7 +7,7 @@ from helpers import make_config, tiny_config
 
 from sddit_jax.config.border import resolve
 from sddit_jax.config.parts import make_network
-from sddit_jax.config.sizes import PATCHES, SIZES, decode
+from sddit_jax.config.sizes import PATCHES, SIZES, parse
 from sddit_jax.errors import WeightsError
 from sddit_jax.interop.layouts import DIT, MASKDIT, OWN, fit, homeless, shapes_of, shared_prefix
 from sddit_jax.interop.state_dict import to_state_dict
