@@ -6,22 +6,25 @@ The data comes from TensorFlow Datasets, in array_record format, which needs no 
 
     python -c "import tensorflow_datasets as t; t.builder('cifar10', file_format='array_record').download_and_prepare()"
 
-An argument chooses another method: --config=configs/cifar10.py:maskdit (sd_dit, maskdit, dit_decoder, dit).
+Arguments choose method and size: --config=configs/cifar10.py:method=maskdit,size=B/2 (sd_dit, maskdit, dit_decoder,
+dit; S/2 to H/8). A method may stand alone, as in cifar10.py:maskdit.
 """
 
 import ml_collections
 
 from sddit_jax.config import sizes
+from sddit_jax.config.arguments import parse
 from sddit_jax.config.presets import CONDITION_CENTERING, default_config
 
 
-def get_config(method: str = "sd_dit") -> ml_collections.ConfigDict:
-    config = default_config(method)
+def get_config(arguments: str = "") -> ml_collections.ConfigDict:
+    chosen = parse(arguments, {"method": "sd_dit", "size": "S/2"}, short="method")
+    config = default_config(chosen["method"])
     with config.unlocked():
         config.steps = 200_000
         config.batch_size = 256
 
-        config.model.update(sizes.parse("S/2"))
+        config.model.update(sizes.parse(chosen["size"]))
         config.model.image_size = 32
         config.model.channels = 3
         config.model.num_classes = 10

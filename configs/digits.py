@@ -2,16 +2,18 @@
 
     python -m sddit_jax.main --config=configs/digits.py --workdir=runs/digits
 
-An argument chooses another method: --config=configs/digits.py:maskdit (sd_dit, maskdit, dit_decoder, dit).
+An argument chooses another method: --config=configs/digits.py:method=maskdit, or digits.py:maskdit for short (sd_dit,
+maskdit, dit_decoder, dit).
 """
 
 import ml_collections
 
+from sddit_jax.config.arguments import parse
 from sddit_jax.config.presets import CONDITION_CENTERING, default_config
 
 
-def get_config(method: str = "sd_dit") -> ml_collections.ConfigDict:
-    config = default_config(method)
+def get_config(arguments: str = "") -> ml_collections.ConfigDict:
+    config = default_config(parse(arguments, {"method": "sd_dit"}, short="method")["method"])
     with config.unlocked():
         config.steps = 2600
         config.batch_size = 48

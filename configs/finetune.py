@@ -4,20 +4,22 @@
         --config.steps=100000 --config.optimizer.learning_rate=5e-5 --config.masking.ratio=0.0 \
         --config.objectives.reconstruction.weight=0.0
 
-The argument is the folder of that run, which stays as it is. The new run starts at step 0 with its parameters, its EMA
-and, where nothing is changed on the command line, its settings.
+The argument, run=FOLDER or the folder alone, is that run, which stays as it is. The new run starts at step 0 with its
+parameters, its EMA and, where nothing is changed on the command line, its settings.
 """
 
 from pathlib import Path
 
 import ml_collections
 
+from sddit_jax.config.arguments import parse
 from sddit_jax.config.border import to_dict
 from sddit_jax.errors import ConfigError
 from sddit_jax.runs.folder import read_config
 
 
-def get_config(run: str = "") -> ml_collections.ConfigDict:
+def get_config(arguments: str = "") -> ml_collections.ConfigDict:
+    run = parse(arguments, {"run": ""}, short="run")["run"]
     if not run:
         raise ConfigError("configs/finetune.py needs the folder of a run, as in --config=configs/finetune.py:runs/a")
     config = ml_collections.ConfigDict(to_dict(read_config(Path(run).expanduser())))

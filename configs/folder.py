@@ -1,6 +1,9 @@
 """SD-DiT in pixels on a folder of images with one sub-folder per class (PNG, JPEG or WebP).
 
-    python -m sddit_jax.main --config=configs/folder.py:PATH --workdir=runs/mine
+    python -m sddit_jax.main --config=configs/folder.py:data=PATH --workdir=runs/mine
+
+Arguments behind the colon: data=PATH, size=B/2 (S/2 to H/8), method=maskdit (sd_dit, maskdit, dit_decoder, dit). A path
+may stand alone, as in folder.py:PATH.
 
 Classes are counted from the folder; a folder without sub-folders trains without labels. Images are resized and cropped
 to 64 x 64; --config.model.image_size=32 and so on change what is wanted. For images of 256 pixels and more, train on
@@ -10,16 +13,18 @@ latents.
 import ml_collections
 
 from sddit_jax.config import sizes
+from sddit_jax.config.arguments import parse
 from sddit_jax.config.presets import CONDITION_CENTERING, default_config
 from sddit_jax.data.sources import open_source
 
 
-def get_config(path: str = "") -> ml_collections.ConfigDict:
-    config = default_config("sd_dit")
+def get_config(arguments: str = "") -> ml_collections.ConfigDict:
+    chosen = parse(arguments, {"data": "", "size": "S/4", "method": "sd_dit"}, short="data")
+    path, config = chosen["data"], default_config(chosen["method"])
     with config.unlocked():
         config.steps = 200_000
         config.batch_size = 128
-        config.model.update(sizes.parse("S/4"))
+        config.model.update(sizes.parse(chosen["size"]))
         config.model.image_size = 64
         config.model.channels = 3
         config.model.dtype = "bfloat16"

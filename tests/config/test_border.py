@@ -210,7 +210,10 @@ def test_values_that_no_schema_may_allow(key, value):
         ({"sampling": {"guidance": 2.0}, "model": {"num_classes": 0}}, ["sampling.guidance is 2.0", "null label"]),
         ({"codec": {"mean": (0.0, 0.0)}}, ["codec.mean has 2 values", "4 channels"]),
         ({"codec": {"scale": (1.0, 1.0, 1.0)}}, ["codec.scale has 3 values", "4 channels"]),
-        ({"eval": {"every": 7000, "reference": "x"}}, ["eval.every 7000", "checkpoint.every 5000"]),
+        (
+            {"eval": {"every": 7000, "reference": "x", "features": "pixels"}},
+            ["eval.every 7000", "checkpoint.every 5000"],
+        ),
         ({"eval": {"every": 5000}}, ["eval.every is 5000", "eval.reference"]),
         ({"eval": {"every": 5000, "reference": "x"}}, ["eval.every is 5000", "eval.inception"]),
         (
