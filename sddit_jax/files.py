@@ -6,10 +6,12 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
 
 from sddit_jax.errors import UserError
 
@@ -92,6 +94,19 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def weights_hash(params: Mapping[str, Any]) -> str:
+    """SHA-256 over names, types, shapes and bytes of a nested dict of arrays, in order of names: 16 hex characters.
+
+    Whatever file the same values come from, their hash is the same.
+    """
+    total = hashlib.sha256()
+    for path, leaf in sorted(_leaves(params), key=lambda item: item[0]):
+        value = np.asarray(leaf)
+        total.update(f"{path} {value.dtype} {value.shape}\n".encode())
+        total.update(value.reshape(-1).view(np.uint8))
+    return total.hexdigest()[:16]
+
+
 def json_object(text: str | bytes) -> dict[str, Any]:
     """The object in a JSON text. Raises ValueError for any other text, one that is nested too deep too."""
     try:
@@ -109,6 +124,14 @@ def read_json(path: Path, kind: type[UserError], ending: str = "") -> dict[str, 
         return json_object(path.read_bytes())
     except (OSError, ValueError) as error:
         raise kind(f"{path} cannot be read as JSON: {error}{ending}") from error
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, child in tree.items():
+        if isinstance(child, Mapping):
+            yield from _leaves(child, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", child
 
 
 def _can_be_replaced(path: Path) -> bool:

@@ -26,10 +26,10 @@ from sddit_jax.data.images import read_image
 from sddit_jax.data.latents import LatentsSource
 from sddit_jax.data.sources import open_source
 from sddit_jax.errors import ConfigError, DataError
+from sddit_jax.files import weights_hash
 from sddit_jax.models.autoencoder import Autoencoder
 from sddit_jax.parallel import sharding
 from sddit_jax.weights.autoencoder import load_autoencoder
-from sddit_jax.weights.files import weights_hash
 
 ROOT = Path(__file__).parents[1]
 SIZE = 32

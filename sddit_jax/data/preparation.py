@@ -18,11 +18,11 @@ from sddit_jax.data import shards
 from sddit_jax.data.images import BadImageError
 from sddit_jax.data.sources import ImageSource
 from sddit_jax.errors import DataError, Interrupted
+from sddit_jax.files import weights_hash
 from sddit_jax.models.autoencoder import Autoencoder
 from sddit_jax.parallel.rows import OverDevices, gather_rows
 from sddit_jax.parallel.sharding import replicated
 from sddit_jax.parallel.signals import stop_signals
-from sddit_jax.weights.files import weights_hash
 
 log = logging.getLogger("sddit_jax")
 

@@ -10,13 +10,13 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from sddit_jax.errors import WeightsError
+from sddit_jax.files import weights_hash
 from sddit_jax.method.codec import LatentCodec, to_pixels
 from sddit_jax.models.autoencoder import Autoencoder
 from sddit_jax.models.tiny_autoencoder import TinyAutoencoder
 from sddit_jax.parallel.rows import split_rows
 from sddit_jax.parallel.sharding import replicated
 from sddit_jax.weights.autoencoder import is_tiny, load_autoencoder, load_tiny_autoencoder
-from sddit_jax.weights.files import weights_hash
 
 
 @dataclasses.dataclass(frozen=True)

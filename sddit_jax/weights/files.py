@@ -6,7 +6,6 @@ of their command line beside the weights, as an argparse.Namespace: an object th
 """
 
 import dataclasses
-import hashlib
 import os
 import pickle
 import struct
@@ -236,17 +235,3 @@ def fill(
     if faults:
         raise WeightsError(f"{where} is damaged: {'; '.join(faults.values())}")
     return flax.traverse_util.unflatten_dict(filled, sep="/")
-
-
-def weights_hash(params: Mapping[str, Any]) -> str:
-    """SHA-256 over names, types, shapes and bytes of a nested dict of arrays, in order of names: 16 hex characters.
-
-    Whatever file the same values come from, their hash is the same.
-    """
-    leaves = flax.traverse_util.flatten_dict(params, sep="/")
-    total = hashlib.sha256()
-    for path in sorted(leaves):
-        value = np.asarray(leaves[path])
-        total.update(f"{path} {value.dtype} {value.shape}\n".encode())
-        total.update(value.reshape(-1).view(np.uint8))
-    return total.hexdigest()[:16]

@@ -13,9 +13,9 @@ import torch
 from autoencoders import make_kl, make_tiny
 
 from sddit_jax.errors import WeightsError
+from sddit_jax.files import weights_hash
 from sddit_jax.models.autoencoder import AutoencoderConfig
 from sddit_jax.weights.autoencoder import load_autoencoder, load_tiny_autoencoder
-from sddit_jax.weights.files import weights_hash
 
 FILE = "diffusion_pytorch_model.safetensors"
 # 32 groups, since a file of CompVis does not say how many.

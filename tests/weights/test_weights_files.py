@@ -11,7 +11,8 @@ import torch
 from autoencoders import normal
 
 from sddit_jax.errors import UserError, WeightsError
-from sddit_jax.weights.files import fill, open_tensors, weights_hash
+from sddit_jax.files import weights_hash
+from sddit_jax.weights.files import fill, open_tensors
 
 TENSORS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor([0.5, -1.0])}
 
