@@ -108,7 +108,7 @@ def weights_hash(params: Mapping[str, Any]) -> str:
 
 
 def json_object(text: str | bytes) -> dict[str, Any]:
-    """The object in a JSON text. Raises ValueError for any other text, one that is nested too deep too."""
+    """The object in a JSON text. Raises ValueError: it is no JSON, nested too deep, or another value."""
     try:
         value = json.loads(text)
     except RecursionError as error:
@@ -124,6 +124,15 @@ def read_json(path: Path, kind: type[UserError], ending: str = "") -> dict[str, 
         return json_object(path.read_bytes())
     except (OSError, ValueError) as error:
         raise kind(f"{path} cannot be read as JSON: {error}{ending}") from error
+
+
+@contextmanager
+def undamaged(path: Path, kind: type[UserError], ending: str = "") -> Iterator[None]:
+    """Turns what the body raises if values of a file are missing or of another type into `kind`, as `read_json`."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise kind(f"{path} is damaged: {type(error).__name__}: {error}{ending}") from error
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -21,6 +21,7 @@ from sddit_jax.files import (
     json_object,
     read_json,
     sha256_of,
+    undamaged,
     whole,
     write_json,
     write_whole,
@@ -233,6 +234,12 @@ class TestReading:
             json_object(content)
         with pytest.raises(DataError, match=f"^{path} cannot be read as JSON: .*{why}.*; delete it$"):
             read_json(path, DataError, ending="; delete it")
+
+    @pytest.mark.parametrize("value", [{}, {"a": None}, {"a": []}, {"a": {"b": "one"}}])
+    def test_other_values_are_explained(self, value):
+        message = r"^x.json is damaged: \w+Error: .*; delete it$"
+        with pytest.raises(DataError, match=message), undamaged(Path("x.json"), DataError, ending="; delete it"):
+            int(value["a"]["b"])
 
     def test_what_cannot_be_read_is_explained(self, tmp_path):
         for path, why in ((tmp_path, "Is a directory"), (tmp_path / "none", "No such file")):

@@ -1,8 +1,6 @@
 """Latents as a source: from their shards, or all from memory."""
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +8,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from sddit_jax.data.shards import FORMAT, INDEX, Moments, RecordLayout
 from sddit_jax.errors import DataError
-from sddit_jax.files import read_json, sha256_of
+from sddit_jax.files import read_json, sha256_of, undamaged
 
 # For random access: the default reads 16 MB ahead.
 _OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
@@ -48,7 +46,7 @@ class LatentsSource:
         if not (path / INDEX).exists():
             raise DataError(f"{path / INDEX} is missing; it is written when all latents are there")
         index = read_json(path / INDEX, DataError)
-        with _undamaged(path / INDEX):
+        with undamaged(path / INDEX, DataError):
             if index["format"] != FORMAT:
                 raise DataError(
                     f"{path} has the format {index['format']}; this version reads {FORMAT}: prepare it again"
@@ -165,12 +163,3 @@ def _open_shard(path: Path, count: int, size: int) -> ArrayRecordReader:
 def _verify(path: Path, digest: str) -> None:
     if sha256_of(path) != digest:
         raise DataError(f"{path} is not what was written: its SHA-256 is not the one in {INDEX}; {_AGAIN}")
-
-
-@contextmanager
-def _undamaged(path: Path) -> Iterator[None]:
-    """Turns what the values of a damaged JSON file raise into a DataError."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{path} is damaged: {type(error).__name__}: {error}") from error

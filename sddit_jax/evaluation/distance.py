@@ -5,7 +5,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from sddit_jax.errors import CheckpointError, ConfigError
 from sddit_jax.evaluation.comparison import distance_name, few_images_warnings, open_reference
 from sddit_jax.evaluation.feature_spaces import measure, open_space
 from sddit_jax.evaluation.metrics import frechet_distance
-from sddit_jax.files import read_json, write_json
+from sddit_jax.files import read_json, undamaged, write_json
 from sddit_jax.generation.decoding import Decode
 from sddit_jax.generation.drawing import make_generate
 from sddit_jax.method.state import Parts
@@ -40,17 +39,8 @@ def recorded_best(workdir: Path) -> int | None:
     path = workdir / BEST
     if not path.exists():
         return None
-    with _undamaged(path):
+    with undamaged(path, CheckpointError, _REMEDY):
         return int(read_json(path, CheckpointError, _REMEDY)["step"])
-
-
-@contextmanager
-def _undamaged(path: Path) -> Iterator[None]:
-    """Turns what values of a wrong kind raise into a CheckpointError."""
-    try:
-        yield
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}{_REMEDY}") from error
 
 
 class Monitor:
@@ -159,7 +149,7 @@ class Monitor:
     def _read(self) -> dict[str, float]:
         if not self._path.exists():
             return {}
-        with _undamaged(self._path):
+        with undamaged(self._path, CheckpointError, _REMEDY):
             saved = read_json(self._path, CheckpointError, _REMEDY)
             found, distances = saved["conditions"], {str(int(k)): float(v) for k, v in saved["distances"].items()}
         if found != json.loads(json.dumps(self._conditions)):

@@ -46,7 +46,7 @@ def command(name, *flags):
 
 
 def test_there_is_a_run_of_the_present_format():
-    assert FORMAT_VERSION == max(READABLE)
+    assert max(READABLE) == FORMAT_VERSION
     assert all(Path(f"{path}.tar.gz").is_file() for path in RUNS.values())
 
 

@@ -195,6 +195,7 @@ class Fake:
     def __init__(self, f, channels, num_classes=0):
         self.f, self.calls = f, []
         self.model = SimpleNamespace(image_size=16, channels=channels, num_classes=num_classes)
+        self.null_label = num_classes
 
     def __call__(self, params, x, c_noise, label):
         self.calls.append(label)

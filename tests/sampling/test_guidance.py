@@ -30,6 +30,7 @@ class Counting:
 
     def __init__(self, num_classes=4):
         self.model = SimpleNamespace(image_size=4, channels=2, num_classes=num_classes)
+        self.null_label = num_classes
         self.rows = []
 
     def __call__(self, params, x, c_noise, label):

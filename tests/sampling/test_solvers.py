@@ -70,6 +70,7 @@ class Recorder:
 
     def __init__(self, num_classes=4):
         self.model = SimpleNamespace(num_classes=num_classes)
+        self.null_label = num_classes
         self.calls = []
 
     def __call__(self, params, x, c_noise, label):
