@@ -16,8 +16,9 @@ from jax.experimental import multihost_utils
 from sddit_jax.config import border
 from sddit_jax.config.parts import make_parts
 from sddit_jax.config.schema import Config
+from sddit_jax.data.image_sources import Source
 from sddit_jax.data.loader import make_loader
-from sddit_jax.data.sources import Source, open_source
+from sddit_jax.data.sources import open_source
 from sddit_jax.errors import CheckpointError, ConfigError, DataError, Diverged, Interrupted
 from sddit_jax.evaluation import diagnosis
 from sddit_jax.evaluation.distance import Monitor, recorded_best

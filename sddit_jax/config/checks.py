@@ -2,9 +2,9 @@
 
 from sddit_jax.config.schema import Config
 from sddit_jax.errors import ConfigError, UserError
-from sddit_jax.method.diffusion import make_diffusion
+from sddit_jax.method.diffusions import make_diffusion
 from sddit_jax.method.objectives.compose import OBJECTIVES
-from sddit_jax.sampling.solvers import SOLVERS
+from sddit_jax.sampling.sampler import SOLVERS
 
 
 def check_together(config: Config, guide: bool) -> None:

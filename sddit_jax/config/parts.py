@@ -5,7 +5,7 @@ import functools
 from sddit_jax.config.schema import Config
 from sddit_jax.method import schedules
 from sddit_jax.method.codec import make_codec
-from sddit_jax.method.diffusion import make_diffusion
+from sddit_jax.method.diffusions import make_diffusion
 from sddit_jax.method.objectives.base import Context
 from sddit_jax.method.objectives.compose import make_objectives
 from sddit_jax.method.optimizer import make_optimizer

@@ -4,7 +4,7 @@ import dataclasses
 
 from sddit_jax.errors import ConfigError
 from sddit_jax.method.codec import CodecConfig
-from sddit_jax.method.diffusion import DiffusionConfig
+from sddit_jax.method.diffusions import DiffusionConfig
 from sddit_jax.method.objectives.compose import ObjectivesConfig
 from sddit_jax.method.optimizer import OptimizerConfig
 from sddit_jax.method.state import EMAConfig

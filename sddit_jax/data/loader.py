@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
-from sddit_jax.data.sources import Batch, Source
+from sddit_jax.data.image_sources import Batch, Source
 from sddit_jax.errors import DataError
 
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from sddit_jax.ahead import begun_ahead, read_ahead
 from sddit_jax.data import shards
+from sddit_jax.data.image_sources import ImageSource
 from sddit_jax.data.images import BadImageError
-from sddit_jax.data.sources import ImageSource
 from sddit_jax.errors import DataError, Interrupted
 from sddit_jax.files import weights_hash
 from sddit_jax.models.autoencoder import Autoencoder

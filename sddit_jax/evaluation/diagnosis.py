@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sddit_jax.config.schema import Config
-from sddit_jax.data.sources import ImageSource
+from sddit_jax.data.image_sources import ImageSource
 from sddit_jax.evaluation.metrics import nearest_neighbour_accuracy
 from sddit_jax.method.objectives.discrimination import Discrimination
 from sddit_jax.method.state import Parts, State

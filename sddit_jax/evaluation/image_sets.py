@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from sddit_jax.ahead import read_ahead
+from sddit_jax.data.image_sources import FolderSource, ImageSource
 from sddit_jax.data.images import FORMATS, BadImageError, read_image
-from sddit_jax.data.sources import FolderSource, ImageSource
 from sddit_jax.errors import DataError
 from sddit_jax.evaluation.reference_files import open_evaluation_file
 

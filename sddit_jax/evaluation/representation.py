@@ -20,7 +20,8 @@ from jax.sharding import Mesh
 from sddit_jax.config.border import resolve
 from sddit_jax.config.parts import make_parts
 from sddit_jax.config.schema import Config
-from sddit_jax.data.sources import Source, held_out_split, open_source
+from sddit_jax.data.image_sources import Source
+from sddit_jax.data.sources import held_out_split, open_source
 from sddit_jax.errors import DataError, UserError
 from sddit_jax.evaluation.diagnosis import discrimination_of
 from sddit_jax.evaluation.metrics import linear_probe, neighbour_votes

@@ -149,24 +149,5 @@ class DDPM(Diffusion):
         return Preconditioning(jnp.ones_like(sigma_B), -sigma_B, jax.lax.rsqrt(1 + sigma_B**2), t_B)
 
 
-# Adding a diffusion is one class and one row.
-DIFFUSIONS: dict[str, type[Diffusion]] = {"edm": EDM, "ddpm": DDPM}
-
-DiffusionConfig = dataclasses.make_dataclass(
-    "DiffusionConfig",
-    [
-        ("name", str, setting("edm", "I", "edm, or ddpm: what DiT's checkpoints need", choices=tuple(DIFFUSIONS))),
-        *((name, kind, kind()) for name, kind in DIFFUSIONS.items()),
-    ],
-    frozen=True,
-    namespace={"__doc__": "The diffusion by name, and a section for each kind; the others have no effect."},
-)
-
-
-def make_diffusion(config: DiffusionConfig) -> Diffusion:
-    """The diffusion that a configuration names."""
-    return getattr(config, config.name)
-
-
 def _per_image(value_B: jax.Array) -> jax.Array:
     return value_B[:, None, None, None]

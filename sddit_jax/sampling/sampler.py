@@ -18,6 +18,21 @@ from sddit_jax.settings import setting
 Sample = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
+# Adding a solver is one function and one row.
+SOLVERS: dict[str, solvers.Solver] = {
+    "heun": solvers.Solver(lambda p: solvers.heun(p.denoise, p.noise_BHWC, p.sigmas)),
+    "euler": solvers.Solver(lambda p: solvers.euler(p.denoise, p.noise_BHWC, p.sigmas)),
+    "stochastic": solvers.Solver(
+        lambda p: solvers.stochastic(p.denoise, p.noise_BHWC, p.sigmas, p.raised, p.s_noise, p.step_noise)
+    ),
+    "dpmpp_2m": solvers.Solver(lambda p: solvers.dpmpp_2m(p.denoise, p.noise_BHWC, p.sigmas)),
+    "ddim": solvers.Solver(lambda p: solvers.euler(p.denoise, p.noise_BHWC, p.sigmas), own_levels=True),
+    "ddpm": solvers.Solver(
+        lambda p: solvers.ancestral(p.output, p.diffusion, p.noise_BHWC, p.sigmas, p.step_noise), own_levels=True
+    ),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
     """How samples are drawn, and the grid of samples drawn during training."""
@@ -27,7 +42,7 @@ class SamplingConfig:
         "I",
         "heun, euler, stochastic (EDM) or dpmpp_2m (DPM-Solver++); for a ddpm model also ddim, or ddpm (random, with "
         "the learnt variance)",
-        choices=tuple(solvers.SOLVERS),
+        choices=tuple(SOLVERS),
     )
     steps: int = setting(
         40, "I", "noise levels (network passes of heun and stochastic: 2 * steps - 1, of others: steps)", least=1
@@ -64,7 +79,7 @@ class SamplingConfig:
 
 def schedule(diffusion: Diffusion, sampling: SamplingConfig) -> np.ndarray:
     """The noise levels of the steps and then 0: float32 [steps + 1]."""
-    if solvers.SOLVERS[sampling.solver].own_levels:
+    if SOLVERS[sampling.solver].own_levels:
         return solvers.respaced_levels(sampling.steps, diffusion)
     lowest, highest = sampling.sigma_min or diffusion.sigma_min, sampling.sigma_max or diffusion.sigma_max
     return solvers.noise_levels(sampling.steps, lowest, highest, sampling.rho)
@@ -84,7 +99,7 @@ def make_sample(
     solver ends on the denoised image at the last noise level. So with `levels`, the first of the noise levels that are
     gone through, this is what the solver sees at the last of them.
     """
-    m, solver = network.model, solvers.SOLVERS[sampling.solver]
+    m, solver = network.model, SOLVERS[sampling.solver]
     shape = (m.image_size, m.image_size, m.channels)
     sigmas = schedule(diffusion, sampling)
     # How far a level is raised depends on the number of all steps.

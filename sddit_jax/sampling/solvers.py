@@ -211,17 +211,6 @@ class Solver(NamedTuple):
     own_levels: bool = False
 
 
-# Adding a solver is one function and one row.
-SOLVERS: dict[str, Solver] = {
-    "heun": Solver(lambda p: heun(p.denoise, p.noise_BHWC, p.sigmas)),
-    "euler": Solver(lambda p: euler(p.denoise, p.noise_BHWC, p.sigmas)),
-    "stochastic": Solver(lambda p: stochastic(p.denoise, p.noise_BHWC, p.sigmas, p.raised, p.s_noise, p.step_noise)),
-    "dpmpp_2m": Solver(lambda p: dpmpp_2m(p.denoise, p.noise_BHWC, p.sigmas)),
-    "ddim": Solver(lambda p: euler(p.denoise, p.noise_BHWC, p.sigmas), own_levels=True),
-    "ddpm": Solver(lambda p: ancestral(p.output, p.diffusion, p.noise_BHWC, p.sigmas, p.step_noise), own_levels=True),
-}
-
-
 def _at(function: Output | Denoise | Piecewise, sigmas: np.ndarray) -> list[Output | Denoise]:
     """The function to call at each noise level."""
     return [function.at(sigma) if isinstance(function, Piecewise) else function for sigma in sigmas]

@@ -217,8 +217,8 @@ def test_each_step_draws_samples_of_its_own():
     first, again, second = (np.asarray(x0(step)) for step in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     for step, eps in ((0, first), (1, second)):
-        drawn = draw(step_key(parts, step), parts, eps, batch["label"])
-        for other in (drawn["eps"], second if step == 0 else first, eps[::-1]):
+        drawn = draw(step_key(parts, step), parts, eps, batch)
+        for other in (drawn.eps_BHWC, second if step == 0 else first, eps[::-1]):
             assert abs(np.corrcoef(eps.ravel(), np.ravel(other))[0, 1]) < 0.15  # of 768 values: 0.036 expected
     sharded = jax.device_put(batch, batch_sharding(make_mesh(ParallelConfig(data=4), jax.devices()[:4])))
     np.testing.assert_array_equal(jax.jit(lambda b: clean(parts, b, 0))(sharded), first)

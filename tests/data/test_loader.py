@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sddit_jax.data import loader as loader_module
+from sddit_jax.data.image_sources import ImageSource
 from sddit_jax.data.loader import make_loader
-from sddit_jax.data.sources import ImageSource, open_source
+from sddit_jax.data.sources import open_source
 from sddit_jax.errors import DataError
 
 

@@ -17,7 +17,7 @@ from sddit_jax.config.presets import METHODS
 from sddit_jax.config.sizes import parse
 from sddit_jax.interop import pytorch
 from sddit_jax.interop.state_dict import from_state_dict, to_state_dict
-from sddit_jax.method.diffusion import make_diffusion
+from sddit_jax.method.diffusions import make_diffusion
 from sddit_jax.method.train_step import draw, gradients_of, make_train_step
 from sddit_jax.models.masking import sample_mask
 from sddit_jax.sampling.guidance import make_denoise, make_guided, make_output

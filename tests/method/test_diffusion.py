@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sddit_jax.method.diffusion import DDPM, EDM, DiffusionConfig, make_diffusion
+from sddit_jax.method.diffusion import DDPM, EDM
+from sddit_jax.method.diffusions import DiffusionConfig, make_diffusion
 from sddit_jax.method.losses import denoising_error
 
 ONE = jnp.ones((1, 1, 1, 1))

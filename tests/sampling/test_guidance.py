@@ -129,7 +129,7 @@ def test_an_interval_costs_a_loop_for_each_run_of_steps(solver, interval, loops)
     def call(params, x, c_noise, label):
         return params * x
 
-    call.model = network
+    call.model, call.null_label = network, 4
     sample = make_sample(call, EDM(), CODEC, sampling)
     assert scans(jax.make_jaxpr(sample)(0.7, 3, INDICES, LABELS).jaxpr) == loops
 

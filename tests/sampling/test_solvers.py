@@ -135,6 +135,7 @@ class Smooth:
     """F = sin(x + c_noise)."""
 
     model = SimpleNamespace(image_size=4, channels=2, num_classes=0)
+    null_label = 0
 
     def __call__(self, params, x, c_noise, label):
         return jnp.sin(x + c_noise[:, None, None, None])
