@@ -22,8 +22,8 @@ from absl import flags
 from sddit_jax import cli
 from sddit_jax.config.schema import ParallelConfig
 from sddit_jax.evaluation import metrics
-from sddit_jax.evaluation.comparison import NEIGHBOURS, SPLIT_SIZE, SUBSET_SIZE, SUBSETS
 from sddit_jax.evaluation.feature_spaces import Features, FeatureSpace, Measured, device_space, measure, pixels_space
+from sddit_jax.evaluation.metric_table import NEIGHBOURS, SPLIT_SIZE, SUBSET_SIZE, SUBSETS
 from sddit_jax.evaluation.reference_files import Statistics
 from sddit_jax.models import inception
 from sddit_jax.parallel import sharding

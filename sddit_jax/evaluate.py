@@ -20,18 +20,12 @@ from sddit_jax import cli, process_flags
 from sddit_jax.config.schema import ParallelConfig
 from sddit_jax.data.sources import open_source
 from sddit_jax.errors import UserError
-from sddit_jax.evaluation.comparison import (
-    METRICS,
-    evaluate,
-    find_samples,
-    full_record,
-    measure_set,
-    open_reference,
-    table,
-    write_reference,
-)
-from sddit_jax.evaluation.feature_spaces import NAMES, FeatureSpace, open_space
+from sddit_jax.evaluation.comparison import evaluate, find_samples, full_record, table
+from sddit_jax.evaluation.feature_spaces import FeatureSpace
 from sddit_jax.evaluation.image_sets import ImageSet, open_image_set, source_image_set
+from sddit_jax.evaluation.metric_table import METRICS
+from sddit_jax.evaluation.reference import measure_set, open_reference, write_reference
+from sddit_jax.evaluation.spaces import SPACES, open_space
 from sddit_jax.files import check_output, explained, write_json
 from sddit_jax.parallel import sharding
 
@@ -40,7 +34,7 @@ log = logging.getLogger("sddit_jax")
 SAMPLES = flags.DEFINE_string("samples", None, "Images to evaluate: an npz file (arr_0) or a folder of image files.")
 REFERENCE = flags.DEFINE_string("reference", None, "What they are compared with: an npz file of statistics or images.")
 INCEPTION = flags.DEFINE_string("inception", "", "File of Inception's weights, for --features=inception.")
-FEATURES = flags.DEFINE_enum("features", "inception", NAMES, "Of what images are compared in.")
+FEATURES = flags.DEFINE_enum("features", "inception", list(SPACES), "Of what images are compared in.")
 CHOSEN = flags.DEFINE_list("metrics", [], f"Some of {','.join(METRICS)}. Left out: all that are possible.")
 OUTPUT = flags.DEFINE_string("output", None, "File for the results. Left out: SAMPLES.evaluation.json.")
 WRITE = flags.DEFINE_string("write_reference", None, "File for the statistics of --source; ends in .npz.")

@@ -12,9 +12,10 @@ from inceptions import random_state_dict
 
 from sddit_jax.config.schema import ParallelConfig
 from sddit_jax.evaluation import metrics
-from sddit_jax.evaluation.comparison import evaluate, open_reference, write_reference
+from sddit_jax.evaluation.comparison import evaluate
 from sddit_jax.evaluation.feature_spaces import inception_space, measure
 from sddit_jax.evaluation.image_sets import open_image_set
+from sddit_jax.evaluation.reference import open_reference, write_reference
 from sddit_jax.parallel import sharding
 
 ROOT = Path(__file__).parents[1]

@@ -60,7 +60,7 @@ class EvalConfig:
         0, "C", "steps between distances; 0: none. The checkpoint with the lowest is kept, beside the newest", least=0
     )
     reference: str = setting("", "C", "npz file that samples are compared with; `evaluate` writes one")
-    features: str = setting("inception", "C", "of what images are compared in", choices=("inception", "pixels"))
+    features: str = setting("inception", "C", "feature space in which images are compared: inception, pixels")
     inception: str = setting("", "C", "file of Inception's weights")
 
     def check(self) -> None:

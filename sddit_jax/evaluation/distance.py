@@ -15,9 +15,11 @@ from jax.sharding import Mesh
 
 from sddit_jax.config.schema import Config
 from sddit_jax.errors import CheckpointError, ConfigError
-from sddit_jax.evaluation.comparison import distance_name, few_images_warnings, open_reference
-from sddit_jax.evaluation.feature_spaces import measure, open_space
+from sddit_jax.evaluation.feature_spaces import measure
+from sddit_jax.evaluation.metric_table import distance_name, few_images_warnings
 from sddit_jax.evaluation.metrics import frechet_distance
+from sddit_jax.evaluation.reference import open_reference
+from sddit_jax.evaluation.spaces import open_space
 from sddit_jax.files import read_json, undamaged, write_json
 from sddit_jax.generation.decoding import Decode
 from sddit_jax.generation.drawing import make_generate

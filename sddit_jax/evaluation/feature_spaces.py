@@ -18,7 +18,6 @@ from sddit_jax.parallel.rows import OverDevices, gather_rows
 from sddit_jax.parallel.sharding import replicated
 from sddit_jax.weights.inception import load_inception
 
-NAMES = ("inception", "pixels")
 # The covariance of as many takes a minute to decompose.
 MOST_PIXELS = 4096
 # Moments are merged in parts of so many images.
@@ -62,20 +61,6 @@ class Measured(NamedTuple):
     logits_NK: np.ndarray | None
 
 
-def open_space(name: str, inception_file: str, mesh: Mesh, batch_size: int) -> FeatureSpace:
-    """`inception` or `pixels`. Raises UserError for another name, or without a file of weights; WeightsError."""
-    if name == "pixels":
-        return pixels_space()
-    if name != "inception":
-        raise UserError(f"features {name!r} are not one of {', '.join(NAMES)}")
-    if not inception_file:
-        raise UserError(
-            "features of Inception need its weights: the file pt_inception-2015-12-05-6726825d.pth of the releases of "
-            "mseitzer/pytorch-fid on GitHub"
-        )
-    return inception_space(inception_file, mesh, batch_size)
-
-
 def pixels_space() -> FeatureSpace:
     """Pixels themselves, in [-0.5, 0.5]: for small images."""
 
@@ -91,7 +76,12 @@ def pixels_space() -> FeatureSpace:
 
 
 def inception_space(path: str, mesh: Mesh, batch_size: int) -> FeatureSpace:
-    """Those of FID. Grey images become RGB. Raises WeightsError."""
+    """Those of FID. Grey images become RGB. Raises UserError without a file of weights; WeightsError."""
+    if not path:
+        raise UserError(
+            "features of Inception need its weights: the file pt_inception-2015-12-05-6726825d.pth of the releases of "
+            "mseitzer/pytorch-fid on GitHub"
+        )
     weights = load_inception(Path(path).expanduser())
 
     def function(params: Any, image_BHWC: jax.Array) -> Features:

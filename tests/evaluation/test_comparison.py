@@ -9,9 +9,11 @@ from sddit_jax.config.schema import ParallelConfig
 from sddit_jax.data.sources import open_source
 from sddit_jax.errors import DataError, UserError
 from sddit_jax.evaluation import metrics
-from sddit_jax.evaluation.comparison import evaluate, find_samples, full_record, open_reference, table, write_reference
-from sddit_jax.evaluation.feature_spaces import Features, FeatureSpace, device_space, measure, open_space, pixels_space
+from sddit_jax.evaluation.comparison import evaluate, find_samples, full_record, table
+from sddit_jax.evaluation.feature_spaces import Features, FeatureSpace, device_space, measure, pixels_space
 from sddit_jax.evaluation.image_sets import open_image_set, source_image_set
+from sddit_jax.evaluation.reference import open_reference, write_reference
+from sddit_jax.evaluation.spaces import open_space
 from sddit_jax.parallel import sharding
 
 RNG = np.random.default_rng(0)
