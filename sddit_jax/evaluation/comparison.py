@@ -1,7 +1,6 @@
 """Sets of images against a reference: Frechet distances, Inception Score, precision, recall and kernel distances."""
 
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ from sddit_jax.evaluation.image_sets import ImageSet
 from sddit_jax.evaluation.reference_files import EvaluationFile, Statistics, open_evaluation_file, write_statistics
 from sddit_jax.models.inception import POOL_FEATURES
 from sddit_jax.runs.reporting import Progress
+from sddit_jax.runs.versions import versions
 
 log = logging.getLogger("sddit_jax")
 
@@ -386,8 +386,3 @@ def table(record: dict[str, Any]) -> Iterator[str]:
         yield f"  {_TITLES.get(name, name):<18} not computed: {why}"
     for words in record["warnings"]:
         yield f"warning: {words}"
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that results come from."""
-    return {name: importlib.metadata.version(name) for name in ("jax", "numpy", "scipy", "sddit-jax")}
