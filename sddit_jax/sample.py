@@ -13,7 +13,6 @@ an interruption, and ends with the same bytes.
 import dataclasses
 import logging
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from sddit_jax.generation.drawing import Generator, draw_class_grid, draw_sample
 from sddit_jax.generation.sample_folder import SampleFolder
 from sddit_jax.parallel import sharding
 from sddit_jax.runs.folder import open_checkpoints, restore_guide
+from sddit_jax.runs.versions import versions
 from sddit_jax.sampling.labels import labels_of
 from sddit_jax.sampling.sampler import make_sample, schedule
 
@@ -171,7 +171,7 @@ def _classes(num_classes: int) -> np.ndarray:
 
 def _environment() -> str:
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    return f"sddit-jax {version('sddit-jax')}, jax {jax.__version__}, {devices}"
+    return ", ".join([*(f"{name} {version}" for name, version in versions().items()), devices])
 
 
 def _origin(workdir: str, meta: Mapping[str, Any]) -> dict[str, Any]:

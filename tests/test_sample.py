@@ -33,6 +33,7 @@ from sddit_jax.generation.sample_folder import SampleFolder
 from sddit_jax.parallel.sharding import make_mesh, replicated
 from sddit_jax.runs.checkpoint import Checkpointer
 from sddit_jax.runs.pictures import grid
+from sddit_jax.runs.versions import versions
 from sddit_jax.sampling.labels import labels_of
 from sddit_jax.sampling.sampler import make_sample, schedule
 
@@ -440,6 +441,8 @@ class TestCommand:
         assert (record["sampler"]["name"], record["guidance"], record["batch_size"]) == ("euler", 1.0, 64)
         assert record["noise_levels"] == pytest.approx([80, 2.515218, 0.002, 0])
         assert all(key.startswith("ema/default/") for key in record["checkpoint_digests"])
+        (environment,) = record["environments"]
+        assert all(f"{name} {version}, " in environment for name, version in versions().items())
         names = ["class_grid.png", "grid.png", "samples.json", "samples.npz", "strip.png"]
         assert sorted(path.name for path in (tmp_path / "a").iterdir()) == names
         with Image.open(tmp_path / "a" / "class_grid.png") as picture:

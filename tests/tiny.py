@@ -33,11 +33,10 @@ CHANGES = {
 }
 CONDITION = {"objectives.discrimination.centering": "condition", "objectives.discrimination.standardise": True}
 # These networks compute for microseconds and compile for seconds: the flags make that three to seven times faster.
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+if jax.__version_info__ < (0, 11):
+    # XLA's older emitters compile faster. Later versions have dropped them, and the flag.
+    QUICK["xla_cpu_use_fusion_emitters"] = False
 jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 

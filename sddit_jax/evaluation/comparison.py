@@ -8,8 +8,8 @@ from typing import Any
 from sddit_jax.errors import DataError
 from sddit_jax.evaluation.feature_spaces import FeatureSpace, Measured
 from sddit_jax.evaluation.metric_table import METRICS, Evaluation, Reference
-from sddit_jax.evaluation.reference import versions
 from sddit_jax.files import read_json
+from sddit_jax.runs.versions import versions
 
 
 def evaluate(samples: Measured, reference: Reference, space: FeatureSpace) -> Evaluation:

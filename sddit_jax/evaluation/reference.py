@@ -1,6 +1,5 @@
 """What samples are compared with: statistics and features, read from a file or computed from images."""
 
-import importlib.metadata
 import logging
 import os
 from collections.abc import Collection
@@ -19,6 +18,7 @@ from sddit_jax.evaluation.reference_files import EvaluationFile, Statistics, ope
 from sddit_jax.files import check_output, sha256_of
 from sddit_jax.models.inception import POOL_FEATURES
 from sddit_jax.runs.reporting import Progress
+from sddit_jax.runs.versions import versions
 
 log = logging.getLogger("sddit_jax")
 
@@ -122,11 +122,6 @@ def measure_set(
         return measure(space, images.batches(batch_size), keep=keep, on_batch=lambda n: progress.show(n, words))
     finally:
         progress.close()
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that results come from."""
-    return {name: importlib.metadata.version(name) for name in ("jax", "numpy", "scipy", "sddit-jax")}
 
 
 def _statistics(moments: metrics.RunningMoments | None) -> Statistics | None:

@@ -9,7 +9,6 @@ digests cover the values, from the devices that saved them to the devices they a
 """
 
 import contextlib
-import importlib.metadata
 import json
 import logging
 import threading
@@ -30,6 +29,7 @@ from sddit_jax.errors import CheckpointError
 from sddit_jax.files import sha256_of, write_whole
 from sddit_jax.parallel.sharding import path_name
 from sddit_jax.runs.formats import FORMAT_VERSION, READABLE, as_format_2, from_format_2
+from sddit_jax.runs.versions import changed_versions, versions
 
 log = logging.getLogger("sddit_jax")
 
@@ -151,7 +151,7 @@ class Checkpointer:
             "step": step,
             "shapes": _shapes(state),
             "digests": digest(state),
-            "versions": _versions(),
+            "versions": versions(),
         }
         args = {item: ocp.args.StandardSave(tree) for item, tree in _items(state).items()}
         # Through JSON and back: it is written in the background, and the caller may change `meta`.
@@ -193,7 +193,8 @@ class Checkpointer:
         None if there is no checkpoint. A damaged one is named in a warning and passed over; when an
         older one has been restored, it is renamed to STEP.damaged. CheckpointError, and nothing is
         renamed, if all are damaged or if the newest intact one is of another model. Nothing is
-        renamed under `read_only` either.
+        renamed under `read_only` either. Versions that are not those of the record are named in a
+        warning, since the run goes on with them; nothing goes on under `read_only`.
         """
         self.wait()
         steps = [s for s in self.all_steps() if step in (None, s)]
@@ -202,6 +203,8 @@ class Checkpointer:
         used, state, meta = self._newest(steps, abstract_state)
         if not self._read_only:
             self._move_aside([step for step in steps if step > used])
+            if changed := changed_versions(meta["versions"]):
+                log.warning("%s was saved with %s: rounding may differ from here on", self._path(used), changed)
         return state, meta
 
     def restore_ema(self, abstract: Any = None, step: int | None = None) -> tuple[Any, dict]:
@@ -365,14 +368,6 @@ def _difference(saved: Mapping[str, str], found: Mapping[str, str]) -> str:
     paths = [path for path in {**saved, **found} if saved.get(path) != found.get(path)]
     words = [f"{p} was saved as {saved.get(p)}, here it is {found.get(p)}" for p in paths[:3]]
     return ", ".join([*words, f"and {len(paths) - 3} more leaves"] if len(paths) > 3 else words)
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in ("jax", "flax", "orbax-checkpoint", "sddit-jax"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return versions
 
 
 def _files(folder: epath.Path) -> set[str]:

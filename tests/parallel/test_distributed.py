@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import QUICK
 
 from sddit_jax.config import schema
 from sddit_jax.errors import CommandError, Unreachable, UserError
@@ -31,8 +32,7 @@ LOCAL = [sys.executable, str(ROOT / "launch" / "local.py"), "--processes=2", "--
 TRAIN = [sys.executable, "-m", "sddit_jax.main", f"--config={ROOT}/tests/configs/tiny.py"]
 # Quick to compile: two processes that are half a minute apart at a collective of simulated devices give up.
 ENVIRONMENT = os.environ | {
-    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_use_fusion_emitters=false",
+    "XLA_FLAGS": " ".join(f"--{flag}={str(value).lower()}" for flag, value in QUICK.items()),
     "JAX_ENABLE_COMPILATION_CACHE": "false",
 }
 EIGHT = {"XLA_FLAGS": ENVIRONMENT["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"}

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 
 from sddit_jax.errors import CheckpointError
 from sddit_jax.runs.checkpoint import MANIFEST, Checkpointer, _sums, digest
+from sddit_jax.runs.versions import versions
 
 META = {"config": {"model": {"width": 32, "ratio": 0.1}}, "codec": {"name": "pixels"}}
 COMMIT_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
@@ -166,7 +167,7 @@ class TestRoundTrip:
         assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, wanted)
         assert (meta["step"], meta["config"], meta["codec"]) == (7, META["config"], META["codec"])
         assert meta["digests"] == digest(state)
-        assert "jax" in meta["versions"]
+        assert meta["versions"] == versions()
 
     def test_none_without_checkpoints(self, tmp_path):
         assert Checkpointer(tmp_path / "new").restore(abstract(make_state())) is None
@@ -193,6 +194,26 @@ class TestRoundTrip:
         meta["config"]["a"] = 2
         checkpoints.wait()
         assert checkpoints.read_meta(1)["config"] == {"a": 1}
+
+
+class TestVersions:
+    def test_the_record_names_what_computes(self):
+        assert {"python", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"} <= versions().keys()
+        assert versions()["jax"] == jax.__version__
+
+    def test_a_run_that_goes_on_with_others_says_so_in_one_line(self, directory, caplog, monkeypatch):
+        monkeypatch.setattr("platform.python_version", lambda: "3.99.0")
+        wanted = abstract(make_state())
+        Checkpointer(directory, read_only=True).restore(wanted)
+        assert not caplog.records
+        Checkpointer(directory).restore(wanted)
+        (line,) = caplog.messages
+        assert f"{directory}/3 was saved with python " in line
+        assert "(here 3.99.0)" in line
+
+    def test_a_run_that_goes_on_with_the_same_says_nothing(self, directory, caplog):
+        Checkpointer(directory).restore(abstract(make_state()))
+        assert not caplog.records
 
 
 class TestEma:
