@@ -9,12 +9,12 @@ import tempfile
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 # Most programs of tests compute for microseconds and compile for seconds, so little is optimised.
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
+# All processes, of which many compile the same, share one cache; pytest's own workers inherit its name.
 if "SDDIT_TEST_CACHE" not in os.environ:
-    os.environ["XLA_FLAGS"] = (
-        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-        " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    )
-    # All processes, of which many compile the same, share one cache; pytest's own workers inherit its name.
     os.environ["SDDIT_TEST_CACHE"] = tempfile.mkdtemp(prefix="sddit_jax_tests_")
     atexit.register(shutil.rmtree, os.environ["SDDIT_TEST_CACHE"], ignore_errors=True)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["SDDIT_TEST_CACHE"]

@@ -153,6 +153,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_run_still_ends_the_same(co
     assert_same_run(workdir, finished)
 
 
+@pytest.mark.slow
 def test_on_eight_devices_with_the_evaluation_at_the_end(tmp_path):
     changes = ["--config.steps=2", "--config.eval.name=digits", "--config.eval.draws=1", "--config.eval.num_samples=12"]
     command = [sys.executable, "-m", "sddit_jax.main", TINY, f"--workdir={tmp_path}", *changes]
