@@ -47,7 +47,7 @@ def import_torch_fidelity() -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != "torch_fidelity":
             raise
-        return pytest.skip("torch-fidelity is not here: pip install --no-deps torch-fidelity==0.4.0")
+        return pytest.fail("torch-fidelity is not here: pip install --no-deps torch-fidelity==0.4.0")
     finally:
         for name in names:
             del sys.modules[name]

@@ -300,14 +300,7 @@ def test_a_safetensors_file_without_configuration_is_refused(tmp_path):
     import_(OWN, tmp_path / "bare.safetensors", tmp_path / "new", config_dict(tiny_config("dit")))
 
 
-def run_command(name, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", f"sddit_jax.{name}", *map(str, arguments)],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-
-
-def test_an_imported_maskdit_is_sampled_from_and_trained_further(tmp_path):
+def test_an_imported_maskdit_is_sampled_from_and_trained_further(command, tmp_path):
     """As a user does it, all by commands; fine-tuning without a mask, as MaskDiT ends its training."""
     tiny = f"{TINY}:maskdit"
     first, file, imported, tuned = (tmp_path / name for name in ("first", "0000060.pt", "imported", "tuned"))
@@ -319,7 +312,7 @@ def test_an_imported_maskdit_is_sampled_from_and_trained_further(tmp_path):
         ("sample", f"--workdir={imported}", f"--output={tmp_path}/out", "--num_samples=4", "--steps=3"),
         (*finetune, "--config.steps=6", "--config.masking.ratio=0.0", "--config.objectives.reconstruction.weight=0.0"),
     ):
-        done = run_command(*arguments)
+        done = command(*arguments)
         assert done.returncode == 0, (arguments, done.stderr)
     assert np.load(tmp_path / "out" / "samples.npz")["arr_0"].shape == (4, 8, 8, 1)
     assert f"starting from the weights of {imported} at step 0" in done.stderr
@@ -332,19 +325,19 @@ def test_an_imported_maskdit_is_sampled_from_and_trained_further(tmp_path):
     assert rows[-1]["step"] == 6
     assert np.isfinite(rows[-1]["train/loss"])
 
-    other = run_command("main", f"{TINY}:dit", f"--config.init_from={imported}", f"--workdir={tmp_path}/other")
+    other = command("main", f"{TINY}:dit", f"--config.init_from={imported}", f"--workdir={tmp_path}/other")
     assert other.returncode == 2
     assert "holds another model: model.decoder_depth: 1 -> 0" in other.stderr
 
 
-def test_an_imported_dit_samples_by_its_own_ddpm(tmp_path):
+def test_an_imported_dit_samples_by_its_own_ddpm(command, tmp_path):
     config = tiny_config("dit", DIT_CHANGES | {"model.channels": 4, "codec.name": "latents", "codec.scale": (0.18215,)})
     run, _ = make_run(tmp_path / "run", config)
     export(DIT, run, tmp_path / "dit.pt", None)
     import_(DIT, tmp_path / "dit.pt", tmp_path / "new", config_dict(config))
     for solver in ("ddpm", "ddim", "heun"):
         settings = (f"--solver={solver}", "--steps=5", "--guidance=1.5", "--guidance_channels=3", "--num_samples=3")
-        done = run_command("sample", f"--workdir={tmp_path}/new", f"--output={tmp_path}/{solver}", *settings)
+        done = command("sample", f"--workdir={tmp_path}/new", f"--output={tmp_path}/{solver}", *settings)
         assert done.returncode == 0, done.stderr
         latents = np.load(tmp_path / solver / "latents.npz")["arr_0"]
         assert (latents.shape, latents.dtype) == ((3, 8, 8, 4), np.float32)
@@ -390,8 +383,8 @@ assert (images == again).all()
         (("to-torch", "--workdir=nowhere", "--output=a.safetensors"), "nowhere has no checkpoints"),
     ],
 )
-def test_a_mistake_is_one_message_and_exit_code_2(tmp_path, arguments, message):
-    done = run_command("convert", *(a.replace("=a", f"={tmp_path}/a") for a in arguments))
+def test_a_mistake_is_one_message_and_exit_code_2(command, tmp_path, arguments, message):
+    done = command("convert", *(a.replace("=a", f"={tmp_path}/a") for a in arguments))
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,10 +1,6 @@
 """The command as a user runs it."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,67 +14,37 @@ from sddit_jax.evaluation.image_sets import open_image_set
 from sddit_jax.evaluation.reference import open_reference, write_reference
 from sddit_jax.parallel import sharding
 
-ROOT = Path(__file__).parents[1]
 IMAGES = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1)).astype(np.uint8)
 
-# Runs each line of arguments as a command of its own would, in one process: starting takes longer than the command.
-SEVERAL = """
-import contextlib, io, json, logging, sys
-from absl import flags
-from absl.testing import flagsaver
-from sddit_jax import cli, evaluate
-for line in sys.stdin:
-    sys.argv, errors = ["evaluate", *json.loads(line)], io.StringIO()
-    logging.getLogger("sddit_jax").handlers.clear()
-    with flagsaver.flagsaver(), contextlib.redirect_stderr(errors):
-        try:
-            cli.run(evaluate.main)
-        except SystemExit as end:
-            code = end.code
-        except BaseException as error:
-            code = repr(error)
-    print(json.dumps([code, errors.getvalue()]))
-"""
 
-
-def run(folder: Path, *commands: list[str]) -> list[tuple[int, str]]:
-    """Exit code and stderr of `python -m sddit_jax.evaluate` with each list of arguments, in a folder."""
-    done = subprocess.run(
-        [sys.executable, "-c", SEVERAL],
-        input="".join(json.dumps(arguments) + "\n" for arguments in commands),
-        env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}, cwd=folder, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
-
-
-def test_statistics_are_written_and_samples_compared_with_them(tmp_path):
+def test_statistics_are_written_and_samples_compared_with_them(command, tmp_path):
     np.savez(tmp_path / "samples.npz", arr_0=IMAGES, arr_1=np.arange(40))
     np.savez(tmp_path / "images.npz", arr_0=IMAGES[::-1])
     compare = ["--samples=samples.npz", "--features=pixels"]
-    found = run(
-        tmp_path,
+    commands = [
         ["--source=digits", "--features=pixels", "--write_reference=digits.npz"],
         [*compare, "--reference=digits.npz", "--metrics=fid"],
         ["--source=npz:images.npz", "--features=pixels", "--write_reference=own.npz"],
         [*compare, "--reference=own.npz", "--output=own.json", "--batch_size=7"],
         [*compare, "--reference=images.npz", "--output=images.json"],
-    )
-    assert [code for code, _ in found] == [0] * 5, found
-    assert "1797 images in digits.npz" in found[0][1]
+    ]
+    done = [command("evaluate", *arguments, cwd=tmp_path) for arguments in commands]
+    assert [each.returncode for each in done] == [0] * 5, done
+    said = [each.stderr for each in done]
+    assert "1797 images in digits.npz" in said[0]
     record = json.loads((tmp_path / "samples.evaluation.json").read_text())
     assert record["reference"]["record"]["source"] == "digits"
-    assert f"{record['results']['fd_pixels']:.6g}" in found[1][1]
-    assert "warning: fd_pixels, samples: 40 images give a singular covariance of 64 features" in found[1][1]
+    assert f"{record['results']['fd_pixels']:.6g}" in said[1]
+    assert "warning: fd_pixels, samples: 40 images give a singular covariance of 64 features" in said[1]
     for name in ("own", "images"):
         results = json.loads((tmp_path / f"{name}.json").read_text())["results"]
         assert results["fd_pixels"] == pytest.approx(0, abs=1e-10)
         assert results["precision"] == results["recall"] == 1
         assert "kd_pixels" in results
-    assert "not computed" not in found[3][1]
+    assert "not computed" not in said[3]
 
 
-def test_what_is_wrong_is_explained(tmp_path):
+def test_what_is_wrong_is_explained(command, tmp_path):
     np.savez(tmp_path / "good.npz", arr_0=IMAGES)
     np.savez(tmp_path / "pickled.npz", arr_0=np.array([{}], object))
     np.savez(tmp_path / "float.npz", arr_0=IMAGES / 255)
@@ -135,9 +101,10 @@ def test_what_is_wrong_is_explained(tmp_path):
         (["--source=npz:good.npz", "--write_reference=x.npz", pixels, "--resolution=9"], "--resolution=9"),
         (["--source=digits", "--write_reference=no/such/x.npz", pixels], "no/such is not a folder"),
     ]
-    for (arguments, words), (code, errors) in zip(cases, run(tmp_path, *(case[0] for case in cases)), strict=True):
-        assert code == 2, (arguments, code, errors)
-        message = next(line for line in errors.splitlines() if line.startswith("error: "))
+    for arguments, words in cases:
+        done = command("evaluate", *arguments, cwd=tmp_path)
+        assert done.returncode == 2, (arguments, done)
+        message = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
         assert words in message, arguments
 
 

@@ -1,7 +1,6 @@
 """The commands as a user runs them: in a process of their own, ended by errors, signals and kills."""
 
 import json
-import os
 import random
 import re
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import environment
 
 from sddit_jax.runs.checkpoint import Checkpointer
 
@@ -21,30 +21,10 @@ TINY = f"--config={ROOT}/tests/configs/tiny.py"
 
 
 @pytest.fixture(scope="session")
-def environment():
-    """One device."""
-    return os.environ | {"XLA_FLAGS": ""}
-
-
-@pytest.fixture
-def command(environment):
-    def run(module: str, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "-m", f"sddit_jax.{module}", *arguments],
-            env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-        )  # fmt: skip
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def finished(environment, tmp_path_factory) -> Path:
+def finished(command, tmp_path_factory) -> Path:
     """The workdir of an uninterrupted run."""
     workdir = tmp_path_factory.mktemp("finished")
-    done = subprocess.run(
-        [sys.executable, "-m", "sddit_jax.main", TINY, f"--workdir={workdir}"],
-        env=environment, cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+    done = command("main", TINY, f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
     return workdir
 
@@ -95,9 +75,9 @@ def test_a_finished_run_is_left_as_it_is(command, finished):
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_same_command_continues(command, environment, finished, tmp_path, number):
-    process = start(environment, tmp_path)
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_saves_and_the_same_command_continues(command, finished, tmp_path, number):
+    process = start(tmp_path)
     wait_for_step(tmp_path, 5)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=120)
@@ -108,10 +88,10 @@ def test_a_signal_saves_and_the_same_command_continues(command, environment, fin
     assert_same_run(tmp_path, finished)
 
 
-def start(environment, workdir: Path) -> subprocess.Popen:
+def start(workdir: Path) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "sddit_jax.main", TINY, f"--workdir={workdir}"],
-        env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
@@ -129,9 +109,9 @@ def complete_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def kill_at_random(environment, workdir: Path, rng: random.Random) -> None:
+def kill_at_random(workdir: Path, rng: random.Random) -> None:
     """Starts the run, and kills it within the second in which it would train; or it is done before."""
-    process = start(environment, workdir)
+    process = start(workdir)
     deadline = time.monotonic() + 120
     seen = len((workdir / "metrics.jsonl").read_bytes()) if (workdir / "metrics.jsonl").exists() else -1
     while process.poll() is None and time.monotonic() < deadline:
@@ -144,17 +124,17 @@ def kill_at_random(environment, workdir: Path, rng: random.Random) -> None:
     process.communicate()
 
 
-def test_killed_once_it_ends_as_if_never_killed(command, environment, finished, tmp_path):
-    kill_at_random(environment, tmp_path, random.Random(0))
+def test_killed_once_it_ends_as_if_never_killed(command, finished, tmp_path):
+    kill_at_random(tmp_path, random.Random(0))
     assert command("main", TINY, f"--workdir={tmp_path}").returncode == 0
     assert_same_run(tmp_path, finished)
 
 
 @pytest.mark.slow
-def test_killed_ten_times_in_a_row_it_ends_as_if_never_killed(command, environment, finished, tmp_path):
+def test_killed_ten_times_in_a_row_it_ends_as_if_never_killed(command, finished, tmp_path):
     rng = random.Random(1)
     for _ in range(10):
-        kill_at_random(environment, tmp_path, rng)
+        kill_at_random(tmp_path, rng)
     assert command("main", TINY, f"--workdir={tmp_path}").returncode == 0
     assert_same_run(tmp_path, finished)
 
@@ -173,12 +153,12 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_run_still_ends_the_same(co
     assert_same_run(workdir, finished)
 
 
-def test_on_eight_devices_with_the_evaluation_at_the_end(environment, tmp_path):
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+@pytest.mark.slow
+def test_on_eight_devices_with_the_evaluation_at_the_end(tmp_path):
     changes = ["--config.steps=2", "--config.eval.name=digits", "--config.eval.draws=1", "--config.eval.num_samples=12"]
     command = [sys.executable, "-m", "sddit_jax.main", TINY, f"--workdir={tmp_path}", *changes]
     for _ in range(2):  # The second only evaluates again, to the same row.
-        done = subprocess.run(command, env=environment | flags, cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(command, env=environment(8), cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "recognised as the asked digit" in done.stderr
         evaluated = [row for row in rows(tmp_path) if "eval/class_consistency" in row]
@@ -223,7 +203,7 @@ def test_sample_by_a_weaker_run(command, finished, tmp_path):
 
 
 def test_wrong_arguments_are_explained(command, finished, tmp_path):
-    """One process each would take a minute; the errors of config.py itself are tested without one."""
+    """The errors of config.py itself are tested without a process."""
     workdir = f"--workdir={tmp_path}/new"
     (tmp_path / "empty").mkdir()
     assert_user_error(command("main"), "--config", "--workdir")
@@ -266,17 +246,16 @@ def jax_leaves(tree) -> list:
     return [leaf for value in tree.values() for leaf in (jax_leaves(value) if isinstance(value, dict) else [value])]
 
 
-def test_a_full_disk_is_named_and_earlier_checkpoints_stay(environment, tmp_path):
+def test_a_full_disk_is_named_and_earlier_checkpoints_stay(tmp_path):
     """The size limit of a process stands for a disk with no room: no checkpoint file fits, the log does."""
     script = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (16384, 16384));"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "import runpy; sys.argv = ['main', *sys.argv[1:]]; runpy.run_module('sddit_jax.main', run_name='__main__')"
     )
-    environment = {key: value for key, value in environment.items() if key != "JAX_COMPILATION_CACHE_DIR"}
     done = subprocess.run(
         [sys.executable, "-c", script, TINY, f"--workdir={tmp_path}"],
-        env=environment, cwd=ROOT, capture_output=True, text=True,
+        env=environment() | {"JAX_ENABLE_COMPILATION_CACHE": "false"}, cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     message = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
@@ -285,12 +264,10 @@ def test_a_full_disk_is_named_and_earlier_checkpoints_stay(environment, tmp_path
 
 
 @pytest.fixture(scope="session")
-def monitored(environment, tmp_path_factory) -> tuple[Path, list[str]]:
+def monitored(command, tmp_path_factory) -> tuple[Path, list[str]]:
     """The workdir of an uninterrupted run that measures a distance every 10 steps, and its arguments."""
     folder = tmp_path_factory.mktemp("monitored")
-    command = [sys.executable, "-m", "sddit_jax.evaluate", "--features=pixels"]
-    command += ["--source=digits", f"--write_reference={folder}/digits.npz"]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    done = command("evaluate", "--features=pixels", "--source=digits", f"--write_reference={folder}/digits.npz")
     assert done.returncode == 0, done.stderr
     arguments = [
         TINY,
@@ -301,10 +278,7 @@ def monitored(environment, tmp_path_factory) -> tuple[Path, list[str]]:
         "--config.eval.num_samples=100",
         "--config.checkpoint.keep_last=1",
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "sddit_jax.main", *arguments, f"--workdir={folder}/run"],
-        env=environment, cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+    done = command("main", *arguments, f"--workdir={folder}/run")
     assert done.returncode == 0, done.stderr
     return folder / "run", arguments
 
@@ -370,11 +344,11 @@ cli.run(main.main)
 """
 
 
-def test_stopped_while_it_measures_it_ends_as_if_never_stopped(command, environment, monitored, tmp_path):
+def test_stopped_while_it_measures_it_ends_as_if_never_stopped(command, monitored, tmp_path):
     reference, arguments = monitored
     done = subprocess.run(
         [sys.executable, "-c", STOPPED, *arguments, f"--workdir={tmp_path}"],
-        env=environment, cwd=ROOT, capture_output=True, text=True,
+        env=environment(), cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 75, done.stderr
     assert "error: SIGTERM: saved step 20" in done.stderr
@@ -388,11 +362,12 @@ def test_stopped_while_it_measures_it_ends_as_if_never_stopped(command, environm
     assert checkpoint_steps(tmp_path) == checkpoint_steps(reference)
 
 
-def test_killed_between_distances_it_ends_as_if_never_killed(command, environment, monitored, tmp_path):
+@pytest.mark.slow
+def test_killed_between_distances_it_ends_as_if_never_killed(command, monitored, tmp_path):
     reference, arguments = monitored
     process = subprocess.Popen(
         [sys.executable, "-m", "sddit_jax.main", *arguments, f"--workdir={tmp_path}"],
-        env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     wait_for_step(tmp_path, 20)
     process.kill()

@@ -3,7 +3,6 @@
 import hashlib
 import importlib.util
 import json
-import os
 import random
 import re
 import signal
@@ -17,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 from autoencoders import make_kl
+from commands import environment
 from latents import imagenet_of_tfds
 from PIL import Image
 
@@ -177,8 +177,7 @@ class TestLatents:
 
     def test_of_real_photographs(self, vae, tmp_path):
         spec = importlib.util.find_spec("foolbox")  # finds it without importing it
-        if spec is None:
-            pytest.skip("ImageNet photographs come with foolbox: pip install --no-deps foolbox==3.3.4")
+        assert spec is not None, "ImageNet photographs come with foolbox: pip install -e '.[test]'"
         photographs = sorted((Path(spec.origin).parent / "data").glob("imagenet_*.jpg"))
         assert len(photographs) == 20
         for path in photographs:
@@ -208,51 +207,45 @@ class TestLatents:
 
 
 @pytest.fixture(scope="session")
-def environment():
-    """One device."""
-    return os.environ | {"XLA_FLAGS": ""}
+def flags(images, vae) -> list[str]:
+    """All that the command needs but --output."""
+    return [f"--source=folder:{images}", f"--vae={vae}", f"--resolution={SIZE}",
+            "--batch_size=2", "--records_per_shard=3", "--num_threads=2"]  # fmt: skip
 
 
 @pytest.fixture
-def start(environment, images, vae):
+def start(flags):
     """Starts the command; arguments change its flags."""
 
     def begin(output: Path, *arguments: str, code: tuple[str, ...] = ("-m", "sddit_jax.prepare")) -> subprocess.Popen:
-        flags = [f"--source=folder:{images}", f"--vae={vae}", f"--resolution={SIZE}", f"--output={output}",
-                 "--batch_size=2", "--records_per_shard=3", "--num_threads=2"]  # fmt: skip
         return subprocess.Popen(
-            [sys.executable, *code, *flags, *arguments],
-            env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [sys.executable, *code, *flags, f"--output={output}", *arguments],
+            env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
     return begin
 
 
-@pytest.fixture
-def command(start):
+@pytest.fixture(scope="session")
+def prepare(command, flags):
     """Runs it to its end: exit code and what it said."""
 
-    def complete(*arguments, **options) -> tuple[int, str]:
-        process = start(*arguments, **options)
-        _, stderr = process.communicate(timeout=300)
-        return process.returncode, stderr
+    def complete(output: Path, *arguments: str) -> tuple[int, str]:
+        done = command("prepare", *flags, f"--output={output}", *arguments)
+        return done.returncode, done.stderr
 
     return complete
 
 
 @pytest.fixture(scope="session")
-def finished(environment, images, vae, tmp_path_factory):
+def finished(prepare, tmp_path_factory):
     """The files of an uninterrupted run of the command."""
     output = tmp_path_factory.mktemp("finished")
-    flags = [f"--source=folder:{images}", f"--vae={vae}", f"--resolution={SIZE}", f"--output={output}",
-             "--batch_size=2", "--records_per_shard=3"]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "sddit_jax.prepare", *flags], env=environment, cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "image 120/120" in done.stderr
-    assert "images/s" in done.stderr
-    assert f"latents of 120 images in {output}" in done.stderr
+    code, stderr = prepare(output)
+    assert code == 0, stderr
+    assert "image 120/120" in stderr
+    assert "images/s" in stderr
+    assert f"latents of 120 images in {output}" in stderr
     return output
 
 
@@ -282,14 +275,14 @@ def kill_at_random(process: subprocess.Popen, output: Path, rng: random.Random) 
 
 
 class TestCommand:
-    def test_done_twice_changes_nothing(self, command, finished):
+    def test_done_twice_changes_nothing(self, prepare, finished):
         before = digests(finished)
-        code, stderr = command(finished)
+        code, stderr = prepare(finished)
         assert code == 0, stderr
         assert digests(finished) == before
 
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-    def test_a_signal_ends_it_and_the_same_command_goes_on(self, start, command, finished, tmp_path, number):
+    @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+    def test_a_signal_ends_it_and_the_same_command_goes_on(self, start, prepare, finished, tmp_path, number):
         process = start(tmp_path)
         wait_for_shards(tmp_path, 1)
         process.send_signal(number)
@@ -297,26 +290,26 @@ class TestCommand:
         assert process.returncode == 75, stderr
         assert re.search(rf"error: {number.name}: finished shards are kept in {tmp_path}; the same command", stderr)
         assert not list(tmp_path.glob(".*"))
-        assert command(tmp_path)[0] == 0
+        assert prepare(tmp_path)[0] == 0
         assert digests(tmp_path) == digests(finished)
 
-    def test_killed_once_it_ends_as_if_never_killed(self, start, command, finished, tmp_path):
+    def test_killed_once_it_ends_as_if_never_killed(self, start, prepare, finished, tmp_path):
         assert kill_at_random(start(tmp_path), tmp_path, random.Random(0))
-        assert command(tmp_path)[0] == 0
+        assert prepare(tmp_path)[0] == 0
         assert digests(tmp_path) == digests(finished)
 
     @pytest.mark.slow
-    def test_killed_ten_times_it_ends_as_if_never_killed(self, start, command, finished, tmp_path):
+    def test_killed_ten_times_it_ends_as_if_never_killed(self, start, prepare, finished, tmp_path):
         rng = random.Random(1)
         killed = [kill_at_random(start(tmp_path), tmp_path, rng) for _ in range(10)]
         assert sum(killed) == 10
-        assert command(tmp_path)[0] == 0
+        assert prepare(tmp_path)[0] == 0
         assert digests(tmp_path) == digests(finished)
 
-    def test_a_damaged_shard_that_was_deleted_is_written_again(self, command, finished, tmp_path):
-        assert command(tmp_path)[0] == 0
+    def test_a_damaged_shard_that_was_deleted_is_written_again(self, prepare, finished, tmp_path):
+        assert prepare(tmp_path)[0] == 0
         next(tmp_path.glob("*00003-of*")).unlink()
-        assert command(tmp_path)[0] == 0
+        assert prepare(tmp_path)[0] == 0
         assert digests(tmp_path) == digests(finished)
 
     @pytest.mark.slow
@@ -350,7 +343,7 @@ class TestCommand:
             assert process.returncode == 0, stderr
         assert digests(tmp_path) == digests(finished)
 
-    def test_other_arguments_are_refused(self, command, finished, vae, tmp_path):
+    def test_other_arguments_are_refused(self, prepare, finished, vae, tmp_path):
         before = digests(finished)
         other = tmp_path / "other"
         make_kl(block_out_channels=WIDTHS, latent_channels=8).save_pretrained(other)
@@ -359,12 +352,12 @@ class TestCommand:
             ("--resolution=40", "codec.resolution 32 instead of 40"),
             ("--scaling_factor=0.5", "codec.scaling_factor 0.18215 instead of 0.5"),
         ]:
-            code, stderr = command(finished, flag)
+            code, stderr = prepare(finished, flag)
             assert code == 2, stderr
             assert re.search(rf"error: {finished} holds other latents: .*{reason}", stderr)
         assert digests(finished) == before
 
-    def test_wrong_arguments_are_explained(self, command, tmp_path):
+    def test_wrong_arguments_are_explained(self, prepare, tmp_path):
         for flags, reason in [
             (["--source=digits"], "--source=digits: it should be folder:PATH or tfds:NAME"),
             ([f"--source=folder:{tmp_path}/none"], "none: not a folder"),
@@ -373,20 +366,21 @@ class TestCommand:
             (["--dtype=float16"], "dtype"),
             (["--output="], "--output=DIR are needed"),
         ]:
-            code, stderr = command(tmp_path / "out", *flags)
+            code, stderr = prepare(tmp_path / "out", *flags)
             assert code == 2, stderr
             assert "Traceback" not in stderr
             assert reason in next(line for line in stderr.splitlines() if line.startswith("error: "))
         assert not (tmp_path / "out").exists()
 
-    def test_a_full_disk_is_named(self, command, tmp_path):
+    def test_a_full_disk_is_named(self, start, tmp_path):
         """The size limit of a process stands for a disk with no room."""
         script = (
             "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
             "from sddit_jax import cli, prepare; import jax; jax.config.update('jax_enable_compilation_cache', False);"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (40000, 40000)); cli.run(prepare.main)"
         )
-        code, stderr = command(tmp_path, code=("-c", script))
-        assert code == 2, stderr
+        process = start(tmp_path, code=("-c", script))
+        _, stderr = process.communicate(timeout=300)
+        assert process.returncode == 2, stderr
         assert re.search(rf"error: {tmp_path}/latents-train\S+ could not be written: .*File too large", stderr)
         assert not list(tmp_path.glob("*latents*"))

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import random
 import re
 import signal
@@ -17,6 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from commands import environment
 from configs.tiny import get_config
 from helpers import random_params, tiny_config
 from PIL import Image
@@ -379,37 +379,37 @@ def run(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def start(run):
     """start(*arguments) -> a process that samples on one device."""
-    environment = os.environ | {"XLA_FLAGS": ""}
 
     def start(*arguments: str) -> subprocess.Popen:
         return subprocess.Popen(
             [sys.executable, "-m", "sddit_jax.sample", f"--workdir={run}", "--steps=3", *map(str, arguments)],
-            env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
     return start
 
 
 @pytest.fixture(scope="session")
-def command(start):
-    def command(*arguments: str, code: int = 0) -> str:
-        process = start(*arguments)
-        _, stderr = process.communicate(timeout=300)
-        assert process.returncode == code, stderr
-        assert "Traceback" not in stderr
-        return stderr
+def sample(run, command):
+    """sample(*arguments) -> what the command said on one device."""
 
-    return command
+    def sample(*arguments: str, code: int = 0) -> str:
+        done = command("sample", f"--workdir={run}", "--steps=3", *arguments)
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
+    return sample
 
 
 MANY = ("--num_samples=600", "--batch_size=1", "--labels=random")
 
 
 @pytest.fixture(scope="session")
-def many(command, tmp_path_factory) -> Path:
+def many(sample, tmp_path_factory) -> Path:
     """The output of an uninterrupted command with many batches."""
     path = tmp_path_factory.mktemp("many")
-    command(f"--output={path}", *MANY)
+    sample(f"--output={path}", *MANY)
     return path
 
 
@@ -430,9 +430,9 @@ def wait_for(condition, process: subprocess.Popen) -> bool:
 
 
 class TestCommand:
-    def test_writes_images_and_how_they_were_made(self, command, tmp_path):
+    def test_writes_images_and_how_they_were_made(self, sample, tmp_path):
         arguments = ("--num_samples=6", "--labels=3,1", "--solver=euler", "--strip", "--class_grid")
-        assert "6 images of step 60" in command(*arguments, f"--output={tmp_path}/a")
+        assert "6 images of step 60" in sample(*arguments, f"--output={tmp_path}/a")
         images, labels = np.load(tmp_path / "a" / "samples.npz", allow_pickle=False).values()
         assert (images.dtype, images.shape) == (np.uint8, (6, 8, 8, 1))
         assert labels.tolist() == [3, 1, 3, 1, 3, 1]
@@ -448,15 +448,15 @@ class TestCommand:
         with Image.open(tmp_path / "a" / "class_grid.png") as picture:
             assert picture.size[1] > 2 * 65
         arguments = ("--num_samples=3", "--first=3", "--labels=3,1", "--solver=euler", "--format=png")
-        command(*arguments, f"--output={tmp_path}/b")
+        sample(*arguments, f"--output={tmp_path}/b")
         for i in (3, 4, 5):
             with Image.open(tmp_path / "b" / "images" / f"{i:010d}.png") as picture:
                 np.testing.assert_array_equal(np.asarray(picture), images[i, :, :, 0])
-        error = command(*arguments, f"--output={tmp_path}/a", code=2)
+        error = sample(*arguments, f"--output={tmp_path}/a", code=2)
         assert f"error: {tmp_path}/a holds other samples: count 6 instead of 3" in error
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-    def test_a_signal_ends_it_and_the_same_command_goes_on(self, start, command, many, tmp_path, number):
+    def test_a_signal_ends_it_and_the_same_command_goes_on(self, start, sample, many, tmp_path, number):
         process = start(f"--output={tmp_path}", *MANY)
         assert wait_for(lambda: parts(tmp_path) > 3, process)
         process.send_signal(number)
@@ -464,11 +464,11 @@ class TestCommand:
         assert process.returncode == 75, stderr
         assert f"error: {number.name}: {parts(tmp_path)} of 600 images are in {tmp_path}; the same command" in stderr
         assert re.search(r"image \d+/600, .* images/s", stderr)
-        command(f"--output={tmp_path}", *MANY)
+        sample(f"--output={tmp_path}", *MANY)
         assert digests(tmp_path) == digests(many)
 
     @pytest.mark.slow
-    def test_killed_ten_times_it_ends_as_if_never_killed(self, start, command, many, tmp_path):
+    def test_killed_ten_times_it_ends_as_if_never_killed(self, start, sample, many, tmp_path):
         rng = random.Random(0)
         for kill in range(10):
             process, before = start(f"--output={tmp_path}", *MANY), parts(tmp_path)
@@ -481,10 +481,10 @@ class TestCommand:
             process.kill()
             process.communicate()
         assert not (tmp_path / "samples.json").exists()
-        command(f"--output={tmp_path}", *MANY)
+        sample(f"--output={tmp_path}", *MANY)
         assert digests(tmp_path) == digests(many)
 
-    def test_wrong_arguments_are_explained(self, command, tmp_path):
-        assert "--num_samples=0 is for" in command("--num_samples=0", f"--output={tmp_path}/a", code=2)
-        assert "indices end" in command("--first=2147483640", f"--output={tmp_path}/a", code=2)
+    def test_wrong_arguments_are_explained(self, sample, tmp_path):
+        assert "--num_samples=0 is for" in sample("--num_samples=0", f"--output={tmp_path}/a", code=2)
+        assert "indices end" in sample("--first=2147483640", f"--output={tmp_path}/a", code=2)
         assert not (tmp_path / "a").exists()

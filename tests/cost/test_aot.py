@@ -22,6 +22,9 @@ from sddit_jax.parallel import sharding
 from sddit_jax.runs.folder import abstract_state
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("uncached")
+# Needs libtpu, which is in the extra tpu and not in test: beside it commands complain wherever there is no TPU.
+libtpu = pytest.mark.slow
 FSDP = {"parallel.data": 1, "parallel.fsdp": 8}
 
 
@@ -69,7 +72,7 @@ def test_without_recomputation_a_step_computes_what_it_does_on_paper():
         ("v9:2x2", "v3, v4, v5e, v5p, v6e"),
         ("v5e", "GENERATION:SHAPE"),
         ("v5e:4x", "GENERATION:SHAPE"),
-        ("v5e:3x3", "not divisible"),
+        pytest.param("v5e:3x3", "not divisible", marks=libtpu),
     ],
 )
 def test_a_topology_that_there_is_not(topology, words):
@@ -77,6 +80,13 @@ def test_a_topology_that_there_is_not(topology, words):
         aot.devices_of(topology)
 
 
+def test_without_libtpu_it_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install -e '\.\[tpu\]'"):
+        aot.devices_of("v5e:2x2")
+
+
+@libtpu
 @pytest.mark.parametrize(
     ("topology", "devices"),
     [
@@ -96,6 +106,7 @@ def test_the_mesh_of_a_topology(topology, devices):
     assert sharding.make_mesh(make_config().parallel, found).size == devices
 
 
+@libtpu
 def test_a_mesh_or_a_batch_that_does_not_fit_the_topology():
     with pytest.raises(ConfigError, match="needs 3 devices, but there are 4"):
         aot.report(make_config(changes={"parallel.data": 3}), "v5e:2x2")
@@ -137,8 +148,8 @@ def preflight(*arguments):
     )  # fmt: skip
 
 
-def test_wrong_arguments_of_preflight():
-    done = preflight("--config=configs/imagenet256.py", "--topology=v9:2x2")
+def test_wrong_arguments_of_preflight(command):
+    done = command("preflight", "--config=configs/imagenet256.py", "--topology=v9:2x2")
     assert done.returncode == 2
     assert "error: topology 'v9:2x2' is not" in done.stderr
     assert "Traceback" not in done.stderr

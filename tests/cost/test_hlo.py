@@ -8,6 +8,8 @@ from jax.sharding import PartitionSpec as P
 
 from sddit_jax.cost import hlo
 
+pytestmark = pytest.mark.usefixtures("uncached")
+
 
 def compiled(function, *arguments):
     return jax.jit(function).lower(*arguments).compile().as_text()

@@ -2,11 +2,8 @@
 
 import importlib.util
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -37,14 +34,17 @@ ROOT = Path(__file__).parents[2]
 WIDTHS = (8, 8, 16, 16)
 
 
-def command(name, *arguments, code=0):
-    done = subprocess.run(
-        [sys.executable, "-m", f"sddit_jax.{name}", *map(str, arguments)],
-        cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return done
+@pytest.fixture(scope="module")
+def command(command):
+    """With the exit code that is expected."""
+
+    def run(name, *arguments, code=0):
+        done = command(name, *arguments)
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr
+        return done
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def photographs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def latents(photographs, vae, tmp_path_factory):
+def latents(command, photographs, vae, tmp_path_factory):
     output = tmp_path_factory.mktemp("latents")
     command("prepare", f"--source=folder:{photographs}", f"--vae={vae}", "--resolution=64", f"--output={output}",
             "--batch_size=8", "--records_per_shard=8")  # fmt: skip
@@ -80,7 +80,7 @@ def config_of(latents):
     return f"--config={ROOT}/tests/configs/latents.py:{latents}"
 
 
-def test_photographs_become_samples(latents, vae, tmp_path):
+def test_photographs_become_samples(command, latents, vae, tmp_path):
     workdir, classes = tmp_path / "run", json.loads((latents / "latents.json").read_text())["class_names"]
     flags = [f"--config.model.num_classes={len(classes)}", f"--config.codec.autoencoder={vae}"]
     # Large enough for a step to take its time, beside which the wait for a batch is nothing.
@@ -109,7 +109,7 @@ def test_photographs_become_samples(latents, vae, tmp_path):
     assert np.abs(images.astype(int) - expected).max() <= 1
 
 
-def test_imagenet_of_tfds_becomes_samples(vae, tmp_path):
+def test_imagenet_of_tfds_becomes_samples(command, vae, tmp_path):
     """Prepared in this process, where the dataset is mocked; the rest by commands."""
     output, workdir = tmp_path / "latents", tmp_path / "run"
     config, params = load_autoencoder(vae)
@@ -142,7 +142,7 @@ def test_a_tiny_autoencoder_decodes_what_diffusion_sees(tmp_path):
         load_decode(str(tmp_path / "taesd"), codec | {"channels": 16}, make_mesh(ParallelConfig()))
 
 
-def test_a_run_on_latents_is_continued_bit_for_bit(latents, tmp_path):
+def test_a_run_on_latents_is_continued_bit_for_bit(command, latents, tmp_path):
     classes = json.loads((latents / "latents.json").read_text())["class_names"]
     flags = (config_of(latents), f"--config.model.num_classes={len(classes)}")
     command("main", *flags, f"--workdir={tmp_path}/whole", "--config.checkpoint.keep_last=2")
@@ -157,7 +157,7 @@ def test_a_run_on_latents_is_continued_bit_for_bit(latents, tmp_path):
     assert whole == parts
 
 
-def test_what_does_not_fit_stops_before_the_first_step(latents, vae, tmp_path):
+def test_what_does_not_fit_stops_before_the_first_step(command, latents, vae, tmp_path):
     other = tmp_path / "other_vae"
     make_kl(block_out_channels=WIDTHS, seed=5).save_pretrained(other)
     classes = json.loads((latents / "latents.json").read_text())["class_names"]
@@ -178,7 +178,7 @@ def flags_of(latents):
     return config_of(latents), f"--config.model.num_classes={len(classes)}"
 
 
-def test_latents_of_another_autoencoder_are_not_trained_on(latents, photographs, tmp_path):
+def test_latents_of_another_autoencoder_are_not_trained_on(command, latents, photographs, tmp_path):
     make_kl(block_out_channels=WIDTHS, seed=5).save_pretrained(tmp_path / "vae")
     command("prepare", f"--source=folder:{photographs}", f"--vae={tmp_path}/vae", "--resolution=64",
             f"--output={tmp_path}/latents", "--batch_size=8")  # fmt: skip
@@ -191,7 +191,7 @@ def test_latents_of_another_autoencoder_are_not_trained_on(latents, photographs,
     command("main", *flags_of(latents), *new, "--config.steps=2")
 
 
-def test_a_record_damaged_during_a_run_costs_no_step(latents, tmp_path):
+def test_a_record_damaged_during_a_run_costs_no_step(command, latents, tmp_path):
     shutil.copytree(latents, tmp_path / "latents")
     shard = sorted((tmp_path / "latents").glob("latents-train.array_record-*"))[1]
     content = bytearray(shard.read_bytes())
@@ -224,7 +224,7 @@ def test_each_step_draws_samples_of_its_own():
     np.testing.assert_array_equal(jax.jit(lambda b: clean(parts, b, 0))(sharded), first)
 
 
-def test_the_imagenet_config_without_data_says_what_it_needs(tmp_path):
+def test_the_imagenet_config_without_data_says_what_it_needs(command, tmp_path):
     done = command("main", "--config=configs/imagenet256.py", f"--workdir={tmp_path}/run", code=2)
     assert "expected latents:DIR" in done.stderr
     assert "configs/imagenet256.py takes it as data=DIR" in done.stderr

@@ -2,12 +2,8 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 from contextlib import closing
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +31,6 @@ from sddit_jax.parallel.sharding import make_constrain, make_mesh, shardings
 from sddit_jax.runs.checkpoint import Checkpointer
 from sddit_jax.runs.folder import CHECKPOINTS, write_config
 
-ROOT = Path(__file__).parents[2]
 PIXELS = {"name": "pixels"}
 
 
@@ -224,18 +219,14 @@ def test_latents_are_the_means_of_their_moments(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(command, tmp_path_factory):
     """The workdir of a run on the digits, and a function that probes it, or another."""
     workdir = tmp_path_factory.mktemp("run")
     config = digits_config()
     save_run(workdir, config, noised_state(make_parts(config)))
-    environment = os.environ | {"XLA_FLAGS": "", "OMP_NUM_THREADS": "1"}
 
     def probed(*arguments, workdir=workdir, code=0):
-        done = subprocess.run(
-            [sys.executable, "-m", "sddit_jax.probe", f"--workdir={workdir}", *arguments],
-            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+        done = command("probe", f"--workdir={workdir}", *arguments)
         assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
         return done

@@ -1,7 +1,6 @@
 """A run's state is made, saved and restored in shards, on any number of devices."""
 
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from commands import environment
 from helpers import make_config
 from tiny import CONDITION, assert_same_bits, tiny_parts
 
@@ -112,6 +112,7 @@ def test_a_restored_state_comes_to_each_device_in_its_shards(saved, monkeypatch)
     assert max(transfers) == largest < max(leaf.nbytes for leaf in jax.tree.leaves(expected))
 
 
+@pytest.mark.usefixtures("uncached")
 @pytest.mark.parametrize("method", ["sd_dit", "dit"])
 def test_a_fresh_state_is_made_in_its_shards(method):
     """Random bits included: no device's memory ever holds more than its share, and none waits for another."""
@@ -137,10 +138,9 @@ def test_a_run_on_eight_devices_goes_on_with_two_and_with_one(tmp_path):
     def go_on(workdir, devices, *arguments):
         command = [sys.executable, "-m", "sddit_jax.main", f"--config={ROOT}/tests/configs/tiny.py"]
         changes = ["--config.checkpoint.every=20", "--config.sampling.every=0", "--config.log.diagnose_every=0"]
-        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
         done = subprocess.run(
             [*command, f"--workdir={workdir}", *changes, *arguments],
-            env=os.environ | flags, cwd=ROOT, capture_output=True, text=True,
+            env=environment(devices), cwd=ROOT, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert f"on {devices} cpu device(s)" in done.stderr

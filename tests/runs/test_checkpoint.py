@@ -130,6 +130,7 @@ class TestDigest:
         }
         assert digest({"a": jnp.float32(1)}) == {"a": "e7f2d91e8b349dda"}
 
+    @pytest.mark.usefixtures("uncached")
     def test_no_array_is_gathered(self):
         state = make_state()
         text = _sums.lower(state["params"]["encoder"]["kernel"]).compile().as_text()
