@@ -6,7 +6,10 @@ from sddit_jax.method.diffusion import DDPM, EDM, Diffusion
 from sddit_jax.settings import setting
 
 # Adding a diffusion is one class and one row.
-DIFFUSIONS: dict[str, type[Diffusion]] = {"edm": EDM, "ddpm": DDPM}
+DIFFUSIONS: dict[str, type[Diffusion]] = {
+    "edm": EDM,
+    "ddpm": DDPM,
+}
 
 DiffusionConfig = dataclasses.make_dataclass(
     "DiffusionConfig",

@@ -67,9 +67,9 @@ def heun(denoise: Denoise | Piecewise, noise_BHWC: jax.Array, sigmas: np.ndarray
         slope_there = (euler - denoise_there(euler, following)) / following
         return x + (following - sigma) * (slope + slope_there) / 2
 
-    at = _at(denoise, sigmas[:-1])
+    at = functions_at(denoise, sigmas[:-1])
     xs = sigmas[:-2], sigmas[1:-1]
-    x_BHWC = _loop(step, noise_BHWC * sigmas[0], xs, itertools.pairwise(at))
+    x_BHWC = loop(step, noise_BHWC * sigmas[0], xs, itertools.pairwise(at))
     return at[-1](x_BHWC, jnp.asarray(sigmas[-2]))
 
 
@@ -100,9 +100,9 @@ def stochastic(
         return x + (following - sigma) * (slope + slope_there) / 2
 
     is_random, last = std.any(), len(raised) - 1
-    at_raised, at_following = _at(denoise, raised), _at(denoise, sigmas[1:-1])
+    at_raised, at_following = functions_at(denoise, raised), functions_at(denoise, sigmas[1:-1])
     xs = np.arange(last), std[:-1], raised[:-1], sigmas[1:-1]
-    x_BHWC = _loop(step, noise_BHWC * sigmas[0], xs, zip(at_raised[:-1], at_following, strict=True))
+    x_BHWC = loop(step, noise_BHWC * sigmas[0], xs, zip(at_raised[:-1], at_following, strict=True))
     x_BHWC = add_noise(x_BHWC, jnp.asarray(last), jnp.asarray(std[-1]))
     return at_raised[-1](x_BHWC, jnp.asarray(raised[-1]))
 
@@ -116,7 +116,7 @@ def euler(denoise: Denoise | Piecewise, noise_BHWC: jax.Array, sigmas: np.ndarra
         return denoised + following / sigma * (x - denoised)
 
     xs = sigmas[:-1], sigmas[1:]
-    return _loop(step, noise_BHWC * sigmas[0], xs, zip(_at(denoise, sigmas[:-1]), strict=True))
+    return loop(step, noise_BHWC * sigmas[0], xs, zip(functions_at(denoise, sigmas[:-1]), strict=True))
 
 
 def dpmpp_2m(denoise: Denoise | Piecewise, noise_BHWC: jax.Array, sigmas: np.ndarray) -> jax.Array:
@@ -144,7 +144,9 @@ def dpmpp_2m(denoise: Denoise | Piecewise, noise_BHWC: jax.Array, sigmas: np.nda
 
     xs = tuple(np.float32(a) for a in (sigmas[:-1], extrapolation, shrinkage, 1 - shrinkage))
     start_BHWC = noise_BHWC * sigmas[0]
-    x_BHWC, _ = _loop(step, (start_BHWC, jnp.zeros_like(start_BHWC)), xs, zip(_at(denoise, sigmas[:-1]), strict=True))
+    x_BHWC, _ = loop(
+        step, (start_BHWC, jnp.zeros_like(start_BHWC)), xs, zip(functions_at(denoise, sigmas[:-1]), strict=True)
+    )
     return x_BHWC
 
 
@@ -176,9 +178,9 @@ def ancestral(
         x = denoised + (following / sigma) ** 2 * (x - denoised)
         return x + std * step_noise(i)
 
-    outputs = _at(output, sigmas[:-1])
+    outputs = functions_at(output, sigmas[:-1])
     xs = np.arange(len(sigmas) - 2), sigmas[:-2], sigmas[1:-1]
-    x_BHWC = _loop(step, noise_BHWC * sigmas[0], xs, zip(outputs[:-1], strict=True))
+    x_BHWC = loop(step, noise_BHWC * sigmas[0], xs, zip(outputs[:-1], strict=True))
     last = jnp.full(x_BHWC.shape[0], sigmas[-2], jnp.float32)
     return diffusion.denoised(x_BHWC, outputs[-1](x_BHWC, jnp.asarray(sigmas[-2])), last)
 
@@ -211,12 +213,12 @@ class Solver(NamedTuple):
     own_levels: bool = False
 
 
-def _at(function: Output | Denoise | Piecewise, sigmas: np.ndarray) -> list[Output | Denoise]:
+def functions_at(function: Output | Denoise | Piecewise, sigmas: np.ndarray) -> list[Output | Denoise]:
     """The function to call at each noise level."""
     return [function.at(sigma) if isinstance(function, Piecewise) else function for sigma in sigmas]
 
 
-def _loop(
+def loop(
     step: Callable[..., Any], carry: Any, xs: tuple[np.ndarray, ...], functions: Iterable[tuple[Output | Denoise, ...]]
 ) -> Any:
     """carry = step(carry, xs[i], *functions[i]) for each i: one lax.scan per run of steps with the same functions."""

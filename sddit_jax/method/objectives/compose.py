@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from sddit_jax.errors import ConfigError
 from sddit_jax.method.objectives.base import Context, Objective
 from sddit_jax.method.objectives.denoising import Denoising
 from sddit_jax.method.objectives.discrimination import Discrimination
@@ -9,7 +10,11 @@ from sddit_jax.method.objectives.reconstruction import Reconstruction
 from sddit_jax.settings import setting
 
 # Adding an objective is one file and one row.
-OBJECTIVES: tuple[type[Objective], ...] = (Denoising, Discrimination, Reconstruction)
+OBJECTIVES: tuple[type[Objective], ...] = (
+    Denoising,
+    Discrimination,
+    Reconstruction,
+)
 
 ObjectivesConfig = dataclasses.make_dataclass(
     "ObjectivesConfig",
@@ -23,6 +28,16 @@ ObjectivesConfig = dataclasses.make_dataclass(
 
 
 def make_objectives(config: ObjectivesConfig, context: Context) -> tuple[Objective, ...]:
-    """The objectives whose weight is not always 0, in the order of the table."""
+    """The objectives whose weight is not always 0, in the order of the table.
+
+    Raises ConfigError if one needs the tokens of a block that the encoder does not have.
+    """
     sections = ((kind, getattr(config, kind.name)) for kind in OBJECTIVES)
-    return tuple(kind(section, context) for kind, section in sections if section.active)
+    objectives = tuple(kind(section, context) for kind, section in sections if section.active)
+    depth = context.network.model.depth
+    for objective in objectives:
+        if absent := [block for block in objective.needs.blocks if not 1 <= block <= depth]:
+            raise ConfigError(
+                f"objectives.{objective.name} needs the tokens of block {absent[0]}, but model.depth is {depth}"
+            )
+    return objectives
