@@ -368,7 +368,7 @@ def run(tmp_path_factory) -> Path:
     config = resolve(get_config())
     parts = make_parts(config)
     params = random_params(lambda key: parts.init_state(key)["params"])
-    state = jax.device_put(parts.state_from(params, params))
+    state = jax.device_put(parts.state_from(params))
     checkpointer = Checkpointer(path / "checkpoints")
     checkpointer.save(60, state, {"config": to_dict(config), "codec": parts.codec.record()})
     checkpointer.wait()

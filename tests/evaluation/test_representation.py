@@ -240,7 +240,7 @@ def test_the_command_writes_a_table_its_conditions_and_a_picture(run):
     record = json.loads((workdir / "probe" / "probe.json").read_text())
     assert record["checkpoint_step"] == 0
     prefixes = {path.split("/encoder/")[0] for path in record["checkpoint_digests"]}
-    assert prefixes == {"ema/default", "params", "aux/discrimination/teacher"}
+    assert prefixes == {"ema/default", "params/network", "aux/discrimination/teacher"}
     assert [(row["weights"], row["sigma"], row["feature"]) for row in record["rows"]] == [
         (weights, sigma, kind) for weights in ("ema", "params", "teacher") for sigma in (0.01, 1)
         for kind in ("cls", "mean")
