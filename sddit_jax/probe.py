@@ -29,7 +29,7 @@ from sddit_jax.evaluation.representation import (
     load_images,
     principal_rows,
     probe,
-    table,
+    probe_table,
     untrained_encoder,
 )
 from sddit_jax.files import check_output, explained, write_json
@@ -166,7 +166,7 @@ def main() -> None:
     counts = f"{data['train']['count']:,} images of {data['train']['source']}"
     tested = f"{data['test']['count']:,} of {data['test']['source']}"
     print(f"step {meta['step']}; fitted on {counts}, tested on {tested}; chance {record['chance']:.1%}")
-    print(*table(rows), sep="\n")
+    print(*probe_table(rows), sep="\n")
     log.info("%s; pca.png shows, from the top: %s", output, ", ".join(record["pca"]["rows"]))
 
 

@@ -38,7 +38,7 @@ LEAVING_SECONDS = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class ProcessPlace:
     """A process's place among the `count` of them; process 0 listens at host:port."""
 
     host: str
@@ -185,7 +185,7 @@ def _connect_devices() -> None:
     jax.block_until_ready(jax.jit(jnp.sum, out_shardings=NamedSharding(devices, P()))(ones_N))
 
 
-def _explicit(address: str, index: int | None, count: int | None) -> Place:
+def _explicit(address: str, index: int | None, count: int | None) -> ProcessPlace:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UserError(f"--distributed={address}: it should be off, auto or HOST:PORT, such as 10.0.0.1:1234")
@@ -193,10 +193,10 @@ def _explicit(address: str, index: int | None, count: int | None) -> Place:
         raise UserError(f"--distributed={address} needs --process_index=I and --process_count=N")
     if not 0 <= index < count:
         raise UserError(f"--process_index={index} --process_count={count}: processes are numbered 0 to {count - 1}")
-    return Place(host.removeprefix("[").removesuffix("]"), int(port), index, count)
+    return ProcessPlace(host.removeprefix("[").removesuffix("]"), int(port), index, count)
 
 
-def _detect(wait_seconds: int) -> Place:
+def _detect(wait_seconds: int) -> ProcessPlace:
     """What `jax.distributed.initialize()` would find out: only JAX's own module tells it beforehand."""
     from jax._src.clusters import ClusterEnv
 
@@ -213,10 +213,10 @@ def _detect(wait_seconds: int) -> Place:
             "in --distributed=10.0.0.1:1234 --process_index=0 --process_count=2"
         )
     host, _, port = address.rpartition(":")
-    return Place(host.removeprefix("[").removesuffix("]"), int(port), index, count, device_ids)
+    return ProcessPlace(host.removeprefix("[").removesuffix("]"), int(port), index, count, device_ids)
 
 
-def _receive(place: Place, wait_seconds: int, deadline: float) -> None:
+def _receive(place: ProcessPlace, wait_seconds: int, deadline: float) -> None:
     """Process 0: waits for one message of each of the others, and answers all when all are there or something fails."""
     try:
         dual = socket.has_dualstack_ipv6()
@@ -249,7 +249,11 @@ def _receive(place: Place, wait_seconds: int, deadline: float) -> None:
 
 
 def _admit(
-    server: socket.socket, place: Place, waiting: list[tuple[int, socket.socket]], wait_seconds: int, deadline: float
+    server: socket.socket,
+    place: ProcessPlace,
+    waiting: list[tuple[int, socket.socket]],
+    wait_seconds: int,
+    deadline: float,
 ) -> None:
     """Takes the next process, its index and the connection over which it waits for its answer, into `waiting`."""
     server.settimeout(max(deadline - time.monotonic(), 0.001))
@@ -295,7 +299,7 @@ def _has_gone(connection: socket.socket) -> bool:
         connection.settimeout(5)
 
 
-def _join(place: Place, wait_seconds: int, deadline: float) -> None:
+def _join(place: ProcessPlace, wait_seconds: int, deadline: float) -> None:
     """The others: wait until process 0 answers that all are there."""
     reason = ""
     while (left := deadline - time.monotonic()) > 0:
