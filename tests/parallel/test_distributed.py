@@ -110,7 +110,7 @@ def rows(workdir: Path) -> list[dict]:
 
 def saved_digests(workdir: Path) -> dict[str, str]:
     checkpointer = Checkpointer(workdir / "checkpoints", read_only=True)
-    return checkpointer.read_meta(checkpointer.latest_step())["digests"]
+    return checkpointer.read_meta(checkpointer.all_steps()[-1])["digests"]
 
 
 def host_state(workdir: Path, devices: int = 8, **parallel: int) -> dict[str, np.ndarray]:
@@ -307,7 +307,7 @@ def test_stopped_and_killed_at_one_process_a_run_ends_as_if_neither(together, tm
     assert [process.returncode for process in processes] == [75, 75], said
     steps = {re.search(r"error: SIGTERM: saved step (\d+)", text)[1] for text in said}
     assert len(steps) == 1
-    assert Checkpointer(tmp_path / "checkpoints", read_only=True).latest_step() == int(steps.pop()) < 12
+    assert Checkpointer(tmp_path / "checkpoints", read_only=True).all_steps()[-1] == int(steps.pop()) < 12
 
     processes = start_two(*command)
     wait_until(lambda: len(rows(tmp_path)) >= 12, processes)

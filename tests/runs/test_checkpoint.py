@@ -343,7 +343,7 @@ class TestWriting:
         state = make_state()
         for step in range(1, 8):
             checkpoints.save(step, state, META)
-            assert checkpoints.latest_step() == step
+            assert checkpoints.all_steps()[-1] == step
         checkpoints.close()
         assert checkpoints.all_steps() == [4, 6, 7] == Checkpointer(tmp_path).all_steps()
         assert sorted(os.listdir(tmp_path)) == ["4", "6", "7"]
