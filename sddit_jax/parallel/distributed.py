@@ -1,7 +1,8 @@
 """Several processes that train or sample as one: how they meet, and how one of them leaves.
 
-JAX ends a process without an exception when its coordinator cannot be reached or another process is missing. So the
-processes first meet at the coordinator's address by themselves, and whatever is wrong is told to all of them.
+Processes first meet over sockets of this module, at the coordinator's address, and whatever is wrong is told to all of
+them. JAX has nothing for that: `jax.distributed.initialize` of 0.10 and 0.12 aborts the process when another is missing
+or unreachable, crashes it when the port is taken, and begins when processes disagree on how many they are.
 """
 
 import contextlib
@@ -197,7 +198,7 @@ def _explicit(address: str, index: int | None, count: int | None) -> ProcessPlac
 
 
 def _detect(wait_seconds: int) -> ProcessPlace:
-    """What `jax.distributed.initialize()` would find out: only JAX's own module tells it beforehand."""
+    """What `jax.distributed.initialize()` would find out: no public function of JAX tells it beforehand."""
     from jax._src.clusters import ClusterEnv
 
     known = os.environ.get("JAX_COORDINATOR_ADDRESS")
