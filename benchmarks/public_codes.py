@@ -30,7 +30,7 @@ from sddit_jax import cli
 from sddit_jax.config.border import resolve, to_dict
 from sddit_jax.config.parts import make_parts
 from sddit_jax.config.presets import default_config
-from sddit_jax.config.sizes import parse
+from sddit_jax.config.sizes import parse_size
 from sddit_jax.errors import UserError
 from sddit_jax.interop import pytorch
 from sddit_jax.interop.layouts import DIT, MASKDIT, Layout
@@ -58,7 +58,7 @@ class Case:
 
     def __init__(self, layout: Layout, method: str, size: str, image_size: int, changes: dict) -> None:
         config = default_config(method)
-        config.model.update(parse(size) | {"image_size": image_size})
+        config.model.update(parse_size(size) | {"image_size": image_size})
         config.update_from_flattened_dict(changes)
         self.config = resolve(config)
         self.parts: Parts = make_parts(self.config)

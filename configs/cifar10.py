@@ -13,18 +13,18 @@ dit; S/2 to H/8). A method may stand alone, as in cifar10.py:maskdit.
 import ml_collections
 
 from sddit_jax.config import sizes
-from sddit_jax.config.arguments import parse
+from sddit_jax.config.arguments import parse_arguments
 from sddit_jax.config.presets import CONDITION_CENTERING, default_config
 
 
 def get_config(arguments: str = "") -> ml_collections.ConfigDict:
-    chosen = parse(arguments, {"method": "sd_dit", "size": "S/2"}, short="method")
+    chosen = parse_arguments(arguments, {"method": "sd_dit", "size": "S/2"}, short="method")
     config = default_config(chosen["method"])
     with config.unlocked():
         config.steps = 200_000
         config.batch_size = 256
 
-        config.model.update(sizes.parse(chosen["size"]))
+        config.model.update(sizes.parse_size(chosen["size"]))
         config.model.image_size = 32
         config.model.channels = 3
         config.model.num_classes = 10

@@ -8,12 +8,12 @@ maskdit, dit_decoder, dit).
 
 import ml_collections
 
-from sddit_jax.config.arguments import parse
+from sddit_jax.config.arguments import parse_arguments
 from sddit_jax.config.presets import CONDITION_CENTERING, default_config
 
 
 def get_config(arguments: str = "") -> ml_collections.ConfigDict:
-    config = default_config(parse(arguments, {"method": "sd_dit"}, short="method")["method"])
+    config = default_config(parse_arguments(arguments, {"method": "sd_dit"}, short="method")["method"])
     with config.unlocked():
         config.steps = 2600
         config.batch_size = 48

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import ml_collections
 
-from sddit_jax.config.arguments import parse
+from sddit_jax.config.arguments import parse_arguments
 from sddit_jax.config.border import to_dict
 from sddit_jax.errors import ConfigError
 from sddit_jax.runs.folder import read_config
 
 
 def get_config(arguments: str = "") -> ml_collections.ConfigDict:
-    run = parse(arguments, {"run": ""}, short="run")["run"]
+    run = parse_arguments(arguments, {"run": ""}, short="run")["run"]
     if not run:
         raise ConfigError("configs/finetune.py needs the folder of a run, as in --config=configs/finetune.py:runs/a")
     config = ml_collections.ConfigDict(to_dict(read_config(Path(run).expanduser())))

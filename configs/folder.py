@@ -13,18 +13,18 @@ latents.
 import ml_collections
 
 from sddit_jax.config import sizes
-from sddit_jax.config.arguments import parse
+from sddit_jax.config.arguments import parse_arguments
 from sddit_jax.config.presets import CONDITION_CENTERING, default_config
 from sddit_jax.data.sources import open_source
 
 
 def get_config(arguments: str = "") -> ml_collections.ConfigDict:
-    chosen = parse(arguments, {"data": "", "size": "S/4", "method": "sd_dit"}, short="data")
+    chosen = parse_arguments(arguments, {"data": "", "size": "S/4", "method": "sd_dit"}, short="data")
     path, config = chosen["data"], default_config(chosen["method"])
     with config.unlocked():
         config.steps = 200_000
         config.batch_size = 128
-        config.model.update(sizes.parse(chosen["size"]))
+        config.model.update(sizes.parse_size(chosen["size"]))
         config.model.image_size = 64
         config.model.channels = 3
         config.model.dtype = "bfloat16"

@@ -56,6 +56,19 @@ newest_step() {
   echo "$newest"
 }
 
+# After a run that ended without a final exit code: gave_up WORKDIR RETRIES sets `step`, the newest checkpoint's, `best`,
+# the highest so far, and `failures`, how many runs in a row have not raised it. True for more than RETRIES.
+gave_up() {
+  step=$(newest_step "$1")
+  if ((step > best)); then
+    best=$step failures=0
+  else
+    failures=$((failures + 1))
+  fi
+  ((failures > $2)) || return 1
+  echo "error: exit code $code; $failures runs in a row ended without a new checkpoint in $1" >&2
+}
+
 # Whether an exit code of sddit_jax.main is final: 0 done, 2 the user's mistake, 3 diverged.
 is_final() {
   [[ $1 == 0 || $1 == 2 || $1 == 3 ]]

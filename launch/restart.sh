@@ -80,17 +80,10 @@ while [[ ! $stopping ]]; do
   if is_final "$code"; then
     finish "$code"
   fi
-  step=$(newest_step "$workdir")
-  if ((step > best)); then
-    best=$step failures=0
-  else
-    failures=$((failures + 1))
-  fi
   if [[ $stopping ]]; then
     break
   fi
-  if ((failures > retries)); then
-    echo "error: exit code $code; $failures runs in a row ended without a new checkpoint in $workdir" >&2
+  if gave_up "$workdir" "$retries"; then
     finish 1
   fi
   pause=$((delay << (failures > 1 ? (failures < 12 ? failures - 1 : 11) : 0)))

@@ -75,14 +75,7 @@ if [[ -f $record ]]; then
   read -r job best failures <"$record"
 fi
 [[ $job == "$SLURM_JOB_ID" ]] || best=-1 failures=0
-step=$(newest_step "$workdir")
-if ((step > best)); then
-  best=$step failures=0
-else
-  failures=$((failures + 1))
-fi
-if ((failures > retries)); then
-  echo "error: exit code $code; $failures runs in a row ended without a new checkpoint in $workdir" >&2
+if gave_up "$workdir" "$retries"; then
   exit 1
 fi
 mkdir -p "$workdir"

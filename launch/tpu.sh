@@ -22,21 +22,25 @@
 #   --dry_run             print the commands, run none; also by DRY_RUN=1
 #
 # Exit codes: 0, 2 and 3 as of sddit_jax.main; 1 if the run or a command of gcloud failed.
+#
+# Each of these is a command of gcloud or a few; none of gcloud's keeps a run alive without a connection, or creates a
+# preempted TPU again and goes on there.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/common.sh
 source "$root/launch/common.sh"
 
-commands="create, install, start, log, status, stop, watch or delete"
 command=${1:-} name=${2:-}
 case $command in
   create | install | start | log | status | stop | watch | delete) ;;
-  *) fail "unknown command '$command'; it is $commands" ;;
+  *) fail "unknown command '$command'; it is create, install, start, log, status, stop, watch or delete" ;;
 esac
 [[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || fail "'$name' is no name of a TPU: lower case letters, digits and hyphens"
 shift 2
 
 type="" version="" spot="" queued="" repository="" revision="" setup=":" retries=5 worker=0 poll=60
+# What is created and deleted: a node, or the queued resource that brings one.
+resource=tpu-vm
 place=() create_flags=() ssh_flags=() environment=()
 dry_run=${DRY_RUN:-0}
 while (($#)); do
@@ -45,7 +49,7 @@ while (($#)); do
     --version=?*) version=${1#*=} ;;
     --zone=?* | --project=?*) place+=("$1") ;;
     --spot) spot=yes ;;
-    --queued) queued=yes ;;
+    --queued) queued=yes resource=queued-resources ;;
     --create_flag=--*) create_flags+=("${1#*=}") ;;
     --ssh_flag=--*) ssh_flags+=("${1#*=}") ;;
     --repository=?*) repository=${1#*=} ;;
@@ -81,12 +85,14 @@ if [[ $command == start || $command == watch ]]; then
   workdir_of "$@" >/dev/null
 fi
 
-tpu=(gcloud compute tpus)
+# A command of gcloud for this TPU: tpu tpu-vm|queued-resources VERB [FLAGS].
+tpu() {
+  run gcloud compute tpus "$1" "$2" "$name" ${place[@]+"${place[@]}"} "${@:3}"
+}
 
 # Runs a command line on the workers, in their home folder.
 on_workers() {
-  run "${tpu[@]}" tpu-vm ssh "$name" ${place[@]+"${place[@]}"} --worker="$1" --command="$2" \
-    ${ssh_flags[@]+"${ssh_flags[@]}"}
+  tpu tpu-vm ssh --worker="$1" --command="$2" ${ssh_flags[@]+"${ssh_flags[@]}"}
 }
 
 # On a worker: the code is in ~/sddit_jax, the environment in ~/sddit_jax_venv, the log and the lock of the run, which
@@ -101,26 +107,17 @@ report='s=idle; if ! [ -x sddit_jax/launch/restart.sh ]; then s=missing; '"elif 
 'elif [ -e sddit_jax_run/lock ]; then s=lost; fi; '"$say "'"$s"'
 
 create() {
-  local kind=(--accelerator-type="$type") spot_flag=()
-  if [[ $spot ]]; then
-    spot_flag=(--spot)
-  fi
+  local what=(--accelerator-type="$type" --version="$version")
   if [[ $queued ]]; then
-    kind=(queued-resources create "$name" --node-id="$name" "${kind[@]}" --runtime-version="$version")
-  else
-    kind=(tpu-vm create "$name" "${kind[@]}" --version="$version")
+    what=(--node-id="$name" --accelerator-type="$type" --runtime-version="$version")
   fi
-  run "${tpu[@]}" "${kind[@]}" ${place[@]+"${place[@]}"} ${spot_flag[@]+"${spot_flag[@]}"} \
+  run gcloud compute tpus "$resource" create "$name" "${what[@]}" ${place[@]+"${place[@]}"} ${spot:+--spot} \
     ${create_flags[@]+"${create_flags[@]}"}
 }
 
 delete() {
-  if [[ $queued ]]; then
-    # --force deletes the node too.
-    run "${tpu[@]}" queued-resources delete "$name" ${place[@]+"${place[@]}"} --force --quiet
-  else
-    run "${tpu[@]}" tpu-vm delete "$name" ${place[@]+"${place[@]}"} --quiet
-  fi
+  # --force deletes the node of a queued resource too.
+  tpu "$resource" delete ${queued:+--force} --quiet
 }
 
 install() {
@@ -135,7 +132,7 @@ install() {
     run mkdir -p "$cache" || return
     run tar -czf "$cache/$name.tar.gz" -C "$root" --exclude=__pycache__ \
       LICENSE README.md configs launch pyproject.toml sddit_jax setup.cfg || return
-    run "${tpu[@]}" tpu-vm scp "$cache/$name.tar.gz" "$name:sddit_jax.tar.gz" ${place[@]+"${place[@]}"} --worker=all \
+    run gcloud compute tpus tpu-vm scp "$cache/$name.tar.gz" "$name:sddit_jax.tar.gz" ${place[@]+"${place[@]}"} --worker=all \
       ${ssh_flags[@]+"${ssh_flags[@]}"} || return
     get+="mkdir sddit_jax && tar -xzf sddit_jax.tar.gz -C sddit_jax"
   fi
@@ -149,10 +146,10 @@ install() {
 
 # The argument is the exit code for workers where the run is running already.
 start() {
-  local run_it
+  local busy=${1:-2} run_it
   run_it=$(quote env ${environment[@]+"${environment[@]}"} setsid nohup launch/restart.sh --run=../sddit_jax_run \
     --retries="$retries" ../sddit_jax_venv/bin/python -m sddit_jax.main --distributed=auto "${arguments[@]}")
-  on_workers all "$not_running || { $say runs already; exit $1; }; \
+  on_workers all "$not_running || { $say runs already; exit $busy; }; \
 [ -x sddit_jax/launch/restart.sh ] || { $say not installed; exit 2; }; \
 bash -c $(quote "$setup") && mkdir -p sddit_jax_run && rm -f sddit_jax_run/exit_code && cd sddit_jax && \
 { $run_it >>../sddit_jax_run/log 2>&1 </dev/null & }"
@@ -163,27 +160,35 @@ stop() {
   on_workers all "$not_running || { "'kill -TERM "$(cat sddit_jax_run/pid)"; flock sddit_jax_run/lock true; }; '"$report"
 }
 
-workers() {
-  on_workers all "$report"
+log() {
+  on_workers "$worker" "tail -n 100 -F sddit_jax_run/log"
 }
 
-# The state of the queued resource or of the node.
+# Prints the state of a tpu-vm or of queued-resources.
 describe() {
-  local kind=(tpu-vm describe "$name") field=state
-  if [[ $1 == queued ]]; then
-    kind=(queued-resources describe "$name") field=state.state
+  local field=state
+  if [[ $1 == queued-resources ]]; then
+    field=state.state
   fi
-  run "${tpu[@]}" "${kind[@]}" ${place[@]+"${place[@]}"} "--format=value($field)"
+  tpu "$1" describe "--format=value($field)"
+}
+
+status() {
+  local kind
+  for kind in ${queued:+queued-resources} tpu-vm; do
+    describe "$kind"
+  done
+  on_workers all "$report"
 }
 
 # Prints what is to be done about the TPU: create, recreate, use or wait.
 tpu_needs() {
   local kind state
-  for kind in ${queued:+queued} node; do
+  for kind in ${queued:+queued-resources} tpu-vm; do
     if ! state=$(describe "$kind" 2>&1); then
       if [[ $state == *NOT_FOUND* ]]; then
         # A queued resource that is just becoming active has no node yet.
-        if [[ $kind == node && $queued ]]; then echo wait; else echo create; fi
+        if [[ $kind == tpu-vm && $queued ]]; then echo wait; else echo create; fi
       else
         echo "$state" >&2
         echo wait
@@ -218,7 +223,7 @@ create_when_possible() {
 # Ends this script when the run has ended for good; starts it on workers where it is not running.
 tend() {
   local answer states
-  if ! answer=$(workers); then
+  if ! answer=$(on_workers all "$report"); then
     echo "$answer" >&2
     return
   fi
@@ -269,12 +274,12 @@ attempt() {
 watch() {
   local seen="" failed=0
   if [[ $dry_run == 1 ]]; then
-    describe "${queued:+queued}"
+    describe "$resource"
     create
-    describe node
+    describe tpu-vm
     install
     start 0
-    workers
+    on_workers all "$report"
     return
   fi
   while true; do
@@ -288,15 +293,4 @@ watch() {
 }
 
 arguments=("$@")
-case $command in
-  start) start 2 ;;
-  log) on_workers "$worker" "tail -n 100 -F sddit_jax_run/log" ;;
-  status)
-    if [[ $queued ]]; then
-      describe queued
-    fi
-    describe node
-    workers
-    ;;
-  *) "$command" ;;
-esac
+"$command"

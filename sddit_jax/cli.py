@@ -28,7 +28,7 @@ def run(command: Callable[..., None], words: int = 0) -> NoReturn:
     log.propagate = False
     exit_code = 1
     try:
-        command(*parse(sys.argv, words))
+        command(*parse_flags(sys.argv, words))
         exit_code = 0
     except CommandError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -42,7 +42,7 @@ def run(command: Callable[..., None], words: int = 0) -> NoReturn:
     sys.exit(exit_code)
 
 
-def parse(argv: list[str], words: int = 0) -> list[str]:
+def parse_flags(argv: list[str], words: int = 0) -> list[str]:
     """Parses flags, a config file's too, and returns at most `words` other arguments.
 
     Raises UserError for what absl and ml_collections refuse.

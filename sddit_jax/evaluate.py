@@ -20,7 +20,7 @@ from sddit_jax import cli, process_flags
 from sddit_jax.config.schema import ParallelConfig
 from sddit_jax.data.sources import open_source
 from sddit_jax.errors import UserError
-from sddit_jax.evaluation.comparison import evaluate, find_samples, full_record, table
+from sddit_jax.evaluation.comparison import comparison_table, evaluate, find_samples, full_record
 from sddit_jax.evaluation.feature_spaces import FeatureSpace
 from sddit_jax.evaluation.image_sets import ImageSet, open_image_set, source_image_set
 from sddit_jax.evaluation.metric_table import METRICS
@@ -77,7 +77,7 @@ def main() -> None:
     record = full_record(path, made, samples, reference, space, evaluate(samples, reference, space))
     if jax.process_index() != 0:
         return
-    for line in table(record):
+    for line in comparison_table(record):
         log.info("%s", line)
     with explained(output, UserError):
         write_json(output, record)

@@ -28,7 +28,7 @@ BATCH = flags.DEFINE_integer("batch", None, "Global batch size. Left out: the co
 QUICK = flags.DEFINE_bool("quick", False, "Optimise less: a fifth of the time, and memory nearly the same.")
 
 
-def table(report: aot.Report) -> str:
+def report_table(report: aot.Report) -> str:
     """A report for a person."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in report.mesh.items())
     paper, compiled = sum(report.flops_per_image.values()), report.compiled_flops_per_image
@@ -73,7 +73,7 @@ def main() -> None:
     if BATCH.value is not None:
         config = dataclasses.replace(config, batch_size=BATCH.value)
     report = aot.report(config, TOPOLOGY.value, quick=QUICK.value)
-    log.info("%s", table(report))
+    log.info("%s", report_table(report))
     name = config_flags.get_config_filename(flags.FLAGS["config"])
     print(json.dumps({"config": name, **dataclasses.asdict(report)}))
     if not report.fits:

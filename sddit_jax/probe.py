@@ -7,7 +7,9 @@ principal components of their patch features as colours.
 """
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,7 +31,7 @@ from sddit_jax.evaluation.representation import (
     load_images,
     principal_rows,
     probe,
-    table,
+    probe_table,
     untrained_encoder,
 )
 from sddit_jax.files import check_output, explained, write_json
@@ -37,6 +39,7 @@ from sddit_jax.generation.decoding import load_decode
 from sddit_jax.parallel import sharding
 from sddit_jax.parallel.hooks import make_hooks
 from sddit_jax.parallel.rows import gather_rows, put_rows
+from sddit_jax.runs.folder import weights_record
 from sddit_jax.runs.pictures import as_pictures
 from sddit_jax.runs.reporting import save_grid
 
@@ -66,6 +69,12 @@ SEED = flags.DEFINE_integer("seed", 0, "Of the choice of images and of their noi
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images that a device computes at a time.", lower_bound=1)
 STEP = flags.DEFINE_integer("checkpoint_step", None, "Step of the checkpoint. Left out: the newest that is intact.")
 flags.adopt_module_key_flags(process_flags)
+
+# How the probes are fitted, for the record.
+PROBES = {
+    "knn": {"neighbours": NEIGHBOURS, "temperature": TEMPERATURE, "similarity": "cosine"},
+    "linear": {"l2_candidates": PROBE_L2, "l2_chosen_on": "the last fifth of the training images"},
+}
 
 
 def parse_sigmas(spec: str, sigma_min: float, sigma_max: float) -> list[float]:
@@ -112,10 +121,7 @@ def main() -> None:
     sigmas = parse_sigmas(SIGMAS.value, parts.diffusion.sigma_min, parts.diffusion.sigma_max)
     blocks = parse_blocks(BLOCKS.value, config.model.depth)
     decode = load_decode(config.codec.autoencoder if VAE.value is None else VAE.value, meta["codec"], mesh)
-    output = Path(OUTPUT.value).expanduser() if OUTPUT.value else workdir / "probe"
-    with explained(f"--output={output}", UserError):
-        output.mkdir(parents=True, exist_ok=True)
-    check_output(output / "probe.json")
+    output = _output(workdir)
     train, test, data = load_images(
         config,
         meta["codec"],
@@ -137,21 +143,14 @@ def main() -> None:
         return
 
     record = {
-        "workdir": WORKDIR.value,
-        "checkpoint_step": meta["step"],
-        "checkpoint_digests": {
-            path: value
-            for path, value in meta["digests"].items()
-            if path.startswith(tuple(STATE_PATHS[name] for name in encoders))
-        },
+        **weights_record(WORKDIR.value, meta, tuple(STATE_PATHS[name] for name in encoders)),
         "label": "null",
         "seed": SEED.value,
         "data": data,
         "codec": meta["codec"],
         "latents": "means of the moments" if parts.codec.name == "latents" else None,
         "chance": chance(train, test),
-        "knn": {"neighbours": NEIGHBOURS, "temperature": TEMPERATURE, "similarity": "cosine"},
-        "linear": {"l2_candidates": PROBE_L2, "l2_chosen_on": "the last fifth of the training images"},
+        **PROBES,
         "untrained": {"seed": config.seed},
         "rows": rows,
         "pca": {
@@ -163,11 +162,25 @@ def main() -> None:
     with explained(f"--output={output}", UserError):
         write_json(output / "probe.json", record)
         save_grid(np.concatenate([images_BHWC, components_BHW3]), output / "pca.png", columns=len(images_BHWC))
-    counts = f"{data['train']['count']:,} images of {data['train']['source']}"
-    tested = f"{data['test']['count']:,} of {data['test']['source']}"
-    print(f"step {meta['step']}; fitted on {counts}, tested on {tested}; chance {record['chance']:.1%}")
-    print(*table(rows), sep="\n")
+    _show(record)
     log.info("%s; pca.png shows, from the top: %s", output, ", ".join(record["pca"]["rows"]))
+
+
+def _output(workdir: Path) -> Path:
+    """The folder to write to, which is there and takes files."""
+    output = Path(OUTPUT.value).expanduser() if OUTPUT.value else workdir / "probe"
+    with explained(f"--output={output}", UserError):
+        output.mkdir(parents=True, exist_ok=True)
+    check_output(output / "probe.json")
+    return output
+
+
+def _show(record: Mapping[str, Any]) -> None:
+    """Prints the table, and above it on what the probes were fitted and tested."""
+    train, test = record["data"]["train"], record["data"]["test"]
+    counts = f"{train['count']:,} images of {train['source']}, tested on {test['count']:,} of {test['source']}"
+    print(f"step {record['checkpoint_step']}; fitted on {counts}; chance {record['chance']:.1%}")
+    print(*probe_table(record["rows"]), sep="\n")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ an interruption, and ends with the same bytes.
 
 import dataclasses
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from sddit_jax.generation.decoding import load_decode
 from sddit_jax.generation.drawing import Generator, draw_class_grid, draw_samples, draw_strip
 from sddit_jax.generation.sample_folder import SampleFolder
 from sddit_jax.parallel import sharding
-from sddit_jax.runs.folder import open_checkpoints, restore_guide
+from sddit_jax.runs.folder import open_checkpoints, restore_guide, weights_record
 from sddit_jax.runs.versions import versions
 from sddit_jax.sampling.labels import labels_of
 from sddit_jax.sampling.sampler import make_sample, schedule
@@ -100,13 +99,9 @@ def main() -> None:
             raise UserError(f"--guide={GUIDE.value} does nothing with a guidance of 1: set --guidance")
         workdir = Path(GUIDE.value).expanduser()
         guide, weaker, guide_meta = restore_guide(workdir, config, meta["codec"], GUIDE_STEP.value)
-        params, guide_record = (params, weaker), _origin(GUIDE.value, guide_meta)
+        params, guide_record = (params, weaker), weights_record(GUIDE.value, guide_meta, ("ema/",))
     mesh = sharding.make_mesh(ParallelConfig())
-    indices = range(FIRST.value, FIRST.value + NUM_SAMPLES.value)
-    # A batch may end behind the last image.
-    last = 2**31 - BATCH_SIZE.value
-    if indices.stop > last:
-        raise UserError(f"--first={FIRST.value} --num_samples={NUM_SAMPLES.value}: indices end at {last}")
+    indices = _indices()
     autoencoder = config.codec.autoencoder if VAE.value is None else VAE.value
     decode = load_decode(autoencoder, meta["codec"], mesh)
     generator = Generator(
@@ -118,24 +113,14 @@ def main() -> None:
         SEED.value,
         lambda indices: labels_of(LABELS.value, indices, config.model.num_classes, SEED.value),
     )
-    churn = {key: getattr(config.sampling, key) for key in ("s_churn", "s_min", "s_max", "s_noise")}
     record = {
-        **_origin(WORKDIR.value, meta),
+        **weights_record(WORKDIR.value, meta, ("ema/",)),
         "seed": SEED.value,
         "first_index": indices.start,
         "count": len(indices),
         "batch_size": BATCH_SIZE.value,
         "labels": LABELS.value,
-        "sampler": {
-            "name": config.sampling.solver,
-            "steps": config.sampling.steps,
-            "rho": config.sampling.rho,
-            "guidance_channels": config.sampling.guidance_channels,
-        },
-        "noise_levels": generator.noise_levels.tolist(),
-        "churn": churn if config.sampling.solver == "stochastic" else None,
-        "guidance": config.sampling.guidance,
-        "guidance_interval": config.sampling.guidance_interval,
+        **_sampler_record(config.sampling, generator.noise_levels),
         "guide": guide_record,
         "dtype": config.model.dtype,
         "codec": meta["codec"],
@@ -160,6 +145,33 @@ def main() -> None:
         draw_class_grid(generator, classes, indices.start, output / "class_grid.png", record)
 
 
+def _indices() -> range:
+    """Of the images."""
+    indices = range(FIRST.value, FIRST.value + NUM_SAMPLES.value)
+    # A batch may end behind the last image.
+    last = 2**31 - BATCH_SIZE.value
+    if indices.stop > last:
+        raise UserError(f"--first={FIRST.value} --num_samples={NUM_SAMPLES.value}: indices end at {last}")
+    return indices
+
+
+def _sampler_record(sampling: SamplingConfig, noise_levels: np.ndarray) -> dict[str, Any]:
+    """How images are drawn."""
+    churn = {key: getattr(sampling, key) for key in ("s_churn", "s_min", "s_max", "s_noise")}
+    return {
+        "sampler": {
+            "name": sampling.solver,
+            "steps": sampling.steps,
+            "rho": sampling.rho,
+            "guidance_channels": sampling.guidance_channels,
+        },
+        "noise_levels": noise_levels.tolist(),
+        "churn": churn if sampling.solver == "stochastic" else None,
+        "guidance": sampling.guidance,
+        "guidance_interval": sampling.guidance_interval,
+    }
+
+
 def _classes(num_classes: int) -> np.ndarray:
     """The rows of the class grid."""
     if not num_classes:
@@ -172,12 +184,6 @@ def _classes(num_classes: int) -> np.ndarray:
 def _environment() -> str:
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     return ", ".join([*(f"{name} {version}" for name, version in versions().items()), devices])
-
-
-def _origin(workdir: str, meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Where weights are from."""
-    digests = {path: value for path, value in meta["digests"].items() if path.startswith("ema/")}
-    return {"workdir": workdir, "checkpoint_step": meta["step"], "checkpoint_digests": digests}
 
 
 if __name__ == "__main__":

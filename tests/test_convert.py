@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from sddit_jax.config.border import resolve, to_dict
 from sddit_jax.config.parts import make_parts
 from sddit_jax.config.presets import METHODS, default_config
-from sddit_jax.config.sizes import parse
+from sddit_jax.config.sizes import parse_size
 from sddit_jax.errors import CheckpointError, UserError, WeightsError
 from sddit_jax.interop.layouts import DIT, MASKDIT, OWN
 from sddit_jax.interop.transfer import export, import_
@@ -270,7 +270,7 @@ def test_each_choice_of_weights_can_be_read_again(tmp_path, weights, keys):
 
 
 def test_what_a_public_code_would_compute_otherwise_is_said(tmp_path, caplog):
-    changes = {f"model.{key}": value for key, value in parse("S/8").items()} | {"codec.name": "latents"}
+    changes = {f"model.{key}": value for key, value in parse_size("S/8").items()} | {"codec.name": "latents"}
     for heads, sigma_data, scale in ((12, 1.0, 0.5), (6, 0.5, 0.18215)):
         caplog.clear()
         more = {"model.heads": heads, "diffusion.edm.sigma_data": sigma_data, "codec.scale": (scale,)}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from sddit_jax.errors import ConfigError
 
 
-def parse(text: str, defaults: Mapping[str, str], short: str = "") -> dict[str, str]:
+def parse_arguments(text: str, defaults: Mapping[str, str], short: str = "") -> dict[str, str]:
     """Values by name from 'name=value,name=value'; those that are not given are as in `defaults`.
 
     Text that does not begin with a known name and '=' is the value of the name `short`, if there is one: a method or a

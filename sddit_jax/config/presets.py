@@ -7,7 +7,7 @@ from typing import Any
 import ml_collections
 
 from sddit_jax.config import sizes
-from sddit_jax.config.arguments import parse
+from sddit_jax.config.arguments import parse_arguments
 from sddit_jax.config.border import from_defaults
 from sddit_jax.errors import ConfigError
 from sddit_jax.method.codec import STABLE_DIFFUSION_SCALE
@@ -65,10 +65,10 @@ def imagenet(resolution: int, text: str) -> ml_collections.ConfigDict:
 
     text: the config's argument, as in 'data=DIR,size=B/2,method=maskdit'.
     """
-    arguments = parse(text, {"data": "", "size": "XL/2", "method": "sd_dit"})
+    arguments = parse_arguments(text, {"data": "", "size": "XL/2", "method": "sd_dit"})
     config = default_config(arguments["method"])
     with config.unlocked():
-        config.model.update(sizes.parse(arguments["size"]))
+        config.model.update(sizes.parse_size(arguments["size"]))
         config.model.image_size = resolution // DOWNSAMPLING
         config.model.dtype = "bfloat16"
         config.model.remat = "dots"

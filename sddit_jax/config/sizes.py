@@ -13,7 +13,7 @@ SIZES = {
 PATCHES = (2, 4, 8)
 
 
-def parse(size: str) -> dict[str, int]:
+def parse_size(size: str) -> dict[str, int]:
     """'XL/2' -> {"depth": 28, "width": 1152, "heads": 16, "patch": 2}. Raises ConfigError for another name."""
     name, _, patch = size.partition("/")
     if name not in SIZES or patch not in map(str, PATCHES):

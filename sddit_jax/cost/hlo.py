@@ -1,6 +1,8 @@
 """What a compiled program does, read off the text of its optimised HLO: collectives and matrix products.
 
-Loops count as often as they turn; XLA's own `cost_analysis` counts the body of a loop once.
+Loops count as often as they turn; XLA's own `cost_analysis` counts the body of a loop once, and no collectives. The
+text is read because JAX gives nothing else of a compiled program: jaxlib has no Python classes for the message that
+`as_serialized_hlo_module_proto` writes, and its HloInstruction tells neither attributes nor, in 0.10, shapes.
 """
 
 import dataclasses

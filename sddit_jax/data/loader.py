@@ -3,7 +3,7 @@
 import functools
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grain
 import numpy as np
@@ -48,37 +48,20 @@ def make_loader(
     Raises:
       DataError: an argument is out of range; while iterating, also whatever the source raises.
     """
-    rows_b = np.asarray(rows, np.int64)
-    if rows_b.ndim != 1 or not rows_b.size or rows_b.min() < 0 or rows_b.max() >= batch_size:
-        raise DataError(f"batch_size={batch_size}, rows={rows}: expected rows in [0, batch_size)")
+    rows_b = _checked_rows(rows, batch_size)
     if not 0 <= seed < 2**64 or min(start_step, num_threads, prefetch) < 0:
         raise DataError(
             f"seed={seed}, start_step={start_step}, num_threads={num_threads}, "
             f"prefetch={prefetch}: expected none negative, and the seed below 2**64"
         )
-    size = len(source)
-
-    # Two, because around the end of an epoch threads read in both; the first of them sorts, and the others wait.
-    @functools.lru_cache(maxsize=2)
-    def sorted_order(epoch: int) -> np.ndarray:
-        return np.argsort(_words(seed, epoch + 1, 0, size), kind="stable")
-
-    sorting = threading.Lock()
-
-    def order(epoch: int) -> np.ndarray:
-        with sorting:
-            return sorted_order(epoch)
+    records = _endless_order(len(source), seed)
 
     def load(step: int) -> Batch:
         first = step * batch_size
-        epoch_b, place_b = divmod(first + rows_b, size)
-        indices_b = np.empty_like(rows_b)
-        for epoch in np.unique(epoch_b).tolist():
-            indices_b[epoch_b == epoch] = order(epoch)[place_b[epoch_b == epoch]]
         mirrored_b = np.zeros(len(rows_b), bool)
         if flip:
             mirrored_b = (_words(seed, 0, first, 4 * batch_size)[4 * rows_b] & 1).astype(bool)
-        return source.read(indices_b, mirrored_b)
+        return source.read(records(first + rows_b), mirrored_b)
 
     batches = iter(
         grain.MapDataset.range(start_step, sys.maxsize)
@@ -87,6 +70,35 @@ def make_loader(
     )
     batches.start_prefetch()
     return batches
+
+
+def _checked_rows(rows: Sequence[int] | np.ndarray, batch_size: int) -> np.ndarray:
+    rows_b = np.asarray(rows, np.int64)
+    if rows_b.ndim != 1 or not rows_b.size or rows_b.min() < 0 or rows_b.max() >= batch_size:
+        raise DataError(f"batch_size={batch_size}, rows={rows}: expected rows in [0, batch_size)")
+    return rows_b
+
+
+def _endless_order(size: int, seed: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Positions int64 [b] in the endless sequence -> which of the `size` records are there [b]; for many threads."""
+
+    # Two, because around the end of an epoch threads read in both; the first of them sorts, and the others wait.
+    @functools.lru_cache(maxsize=2)
+    def sorted_order(epoch: int) -> np.ndarray:
+        return np.argsort(_words(seed, epoch + 1, 0, size), kind="stable")
+
+    sorting = threading.Lock()
+
+    def records(position_b: np.ndarray) -> np.ndarray:
+        epoch_b, place_b = divmod(position_b, size)
+        record_b = np.empty_like(position_b)
+        for epoch in np.unique(epoch_b).tolist():
+            with sorting:
+                order = sorted_order(epoch)
+            record_b[epoch_b == epoch] = order[place_b[epoch_b == epoch]]
+        return record_b
+
+    return records
 
 
 def _words(seed: int, stream: int, first: int, count: int) -> np.ndarray:

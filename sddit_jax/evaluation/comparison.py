@@ -93,7 +93,7 @@ def full_record(
     }
 
 
-def table(record: dict[str, Any]) -> Iterator[str]:
+def comparison_table(record: dict[str, Any]) -> Iterator[str]:
     """Lines for a person: what was compared, a line for each result, and what to know of them."""
     made, samples, reference = record, record["samples"], record["reference"]
     height, width, _ = samples["image_shape"]

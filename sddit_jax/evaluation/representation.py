@@ -334,7 +334,7 @@ def _accuracies(
     return rows
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def probe_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The rows of `probe` as lines to read."""
     lines = [
         f"{'weights':<8} {'sigma':>7} {'block':>5}  {'feature':<7} "

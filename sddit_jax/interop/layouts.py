@@ -60,14 +60,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Layout(NamedTuple):
-    """A code's layout, and the diffusion that it samples with.
+    """A code's layout of parameters.
 
     entries: the layout of a network, of as much of it as the code has a place for. infer: the configuration that the
     shapes of a file tell. prefix: what the code puts before every name.
     """
 
     name: str
-    diffusion: str
     entries: Callable[[Network], Entries]
     infer: Callable[[Shapes], ml_collections.ConfigDict] | None = None
     prefix: str = ""
@@ -139,9 +138,9 @@ def _infer_dit(shapes: Shapes) -> ml_collections.ConfigDict:
     return _trained_on_latents(config)
 
 
-OWN = Layout("sddit_jax", "", _own_entries)
-MASKDIT = Layout("MaskDiT", "edm", _maskdit_entries, _infer_maskdit, prefix="model.")
-DIT = Layout("DiT", "ddpm", _dit_entries, _infer_dit)
+OWN = Layout("sddit_jax", _own_entries)
+MASKDIT = Layout("MaskDiT", _maskdit_entries, _infer_maskdit, prefix="model.")
+DIT = Layout("DiT", _dit_entries, _infer_dit)
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

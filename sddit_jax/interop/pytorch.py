@@ -5,7 +5,8 @@
     images = sample(network, labels=[3, 1, 4], guidance=1.5)
 
 `network(x, sigma, label)` is the denoised image D(x; sigma); `training_losses` are the objectives of all methods.
-Images are [B, C, H, W]. Parameters have the names of sddit_jax with the blocks apart, in torch's layout.
+Images are [B, C, H, W]. Parameters have the names of sddit_jax with the blocks apart, in torch's layout. Classes and
+functions have the names of those that they mirror in models, method and sampling, so that both can be read in parallel.
 """
 
 import dataclasses

@@ -17,7 +17,7 @@ from sddit_jax.parallel.sharding import path_name
 PATCH = "encoder/patch/kernel"
 
 
-class Place(NamedTuple):
+class TensorPlace(NamedTuple):
     """Where a tensor of the state_dict lies in the tree: path, block (None: not stacked), and its shape in torch."""
 
     path: str
@@ -25,7 +25,7 @@ class Place(NamedTuple):
     shape: tuple[int, ...]
 
 
-def places(network: Network) -> dict[str, Place]:
+def places(network: Network) -> dict[str, TensorPlace]:
     """Each tensor of a network's state_dict by name, in the order of the tree."""
     found = {}
     for path, shape in _shapes(network).items():
@@ -38,7 +38,7 @@ def places(network: Network) -> dict[str, Place]:
         name = path.replace("/", ".").removesuffix(".kernel")
         name = f"{name}.weight" if path.endswith("kernel") else name
         for block in blocks:
-            found[name.replace(".blocks.", f".blocks.{block}.")] = Place(path, block, own)
+            found[name.replace(".blocks.", f".blocks.{block}.")] = TensorPlace(path, block, own)
     return found
 
 

@@ -154,7 +154,7 @@ class Stage(nn.Module):
         return x_BHWC
 
 
-class Encoder(nn.Module):
+class ImageEncoder(nn.Module):
     """Image -> mean and logarithm of the variance."""
 
     config: AutoencoderConfig
@@ -177,7 +177,7 @@ class Encoder(nn.Module):
         return moments_BHWC
 
 
-class Decoder(nn.Module):
+class ImageDecoder(nn.Module):
     """Latent -> image."""
 
     config: AutoencoderConfig
@@ -209,8 +209,8 @@ class Autoencoder:
     def __init__(self, config: AutoencoderConfig, dtype: Any = jnp.float32) -> None:
         self.config = config
         self.dtype = jnp.dtype(dtype)
-        self.encoder = Encoder(config, self.dtype)
-        self.decoder = Decoder(config, self.dtype)
+        self.encoder = ImageEncoder(config, self.dtype)
+        self.decoder = ImageDecoder(config, self.dtype)
 
     @property
     def factor(self) -> int:

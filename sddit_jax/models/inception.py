@@ -59,7 +59,7 @@ def resize(x_BHWC: jax.Array) -> jax.Array:
     return x_BHWC
 
 
-def conv(
+def conv_relu(
     x_BHWC: jax.Array, name: str, width: int, window: tuple[int, int] = (1, 1), stride: int = 1, padding: str = "SAME"
 ) -> jax.Array:
     """A convolution, its batch normalisation folded in, and a ReLU."""
@@ -69,7 +69,7 @@ def conv(
 def chain(x_BHWC: jax.Array, name: str, *layers: tuple[int, int, int]) -> jax.Array:
     """Convolutions name_1, name_2, ... of (width, rows, columns) that keep the resolution."""
     for i, (width, *window) in enumerate(layers):
-        x_BHWC = conv(x_BHWC, f"{name}_{i + 1}", width, tuple(window))
+        x_BHWC = conv_relu(x_BHWC, f"{name}_{i + 1}", width, tuple(window))
     return x_BHWC
 
 
@@ -92,10 +92,10 @@ class Mixed35(nn.Module):
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         """[B, 35, 35, C] -> [B, 35, 35, 224 + pool_width]."""
         branches = [
-            conv(x_BHWC, "branch1x1", 64),
+            conv_relu(x_BHWC, "branch1x1", 64),
             chain(x_BHWC, "branch5x5", (48, 1, 1), (64, 5, 5)),
             chain(x_BHWC, "branch3x3dbl", (64, 1, 1), (96, 3, 3), (96, 3, 3)),
-            conv(average(x_BHWC), "branch_pool", self.pool_width),
+            conv_relu(average(x_BHWC), "branch_pool", self.pool_width),
         ]
         return jnp.concatenate(branches, axis=3)
 
@@ -108,8 +108,8 @@ class Reduction17(nn.Module):
         """[B, 35, 35, C] -> [B, 17, 17, 480 + C]."""
         double_BHWC = chain(x_BHWC, "branch3x3dbl", (64, 1, 1), (96, 3, 3))
         branches = [
-            conv(x_BHWC, "branch3x3", 384, (3, 3), 2, "VALID"),
-            conv(double_BHWC, "branch3x3dbl_3", 96, (3, 3), 2, "VALID"),
+            conv_relu(x_BHWC, "branch3x3", 384, (3, 3), 2, "VALID"),
+            conv_relu(double_BHWC, "branch3x3dbl_3", 96, (3, 3), 2, "VALID"),
             halve(x_BHWC),
         ]
         return jnp.concatenate(branches, axis=3)
@@ -125,10 +125,10 @@ class Mixed17(nn.Module):
         """[B, 17, 17, 768] -> [B, 17, 17, 768]."""
         point, row, column = (self.inner, 1, 1), (self.inner, 1, 7), (self.inner, 7, 1)
         branches = [
-            conv(x_BHWC, "branch1x1", 192),
+            conv_relu(x_BHWC, "branch1x1", 192),
             chain(x_BHWC, "branch7x7", point, row, (192, 7, 1)),
             chain(x_BHWC, "branch7x7dbl", point, column, row, column, (192, 1, 7)),
-            conv(average(x_BHWC), "branch_pool", 192),
+            conv_relu(average(x_BHWC), "branch_pool", 192),
         ]
         return jnp.concatenate(branches, axis=3)
 
@@ -142,8 +142,8 @@ class Reduction8(nn.Module):
         single_BHWC = chain(x_BHWC, "branch3x3", (192, 1, 1))
         double_BHWC = chain(x_BHWC, "branch7x7x3", (192, 1, 1), (192, 1, 7), (192, 7, 1))
         branches = [
-            conv(single_BHWC, "branch3x3_2", 320, (3, 3), 2, "VALID"),
-            conv(double_BHWC, "branch7x7x3_4", 192, (3, 3), 2, "VALID"),
+            conv_relu(single_BHWC, "branch3x3_2", 320, (3, 3), 2, "VALID"),
+            conv_relu(double_BHWC, "branch7x7x3_4", 192, (3, 3), 2, "VALID"),
             halve(x_BHWC),
         ]
         return jnp.concatenate(branches, axis=3)
@@ -161,12 +161,12 @@ class Mixed8(nn.Module):
         double_BHWC = chain(x_BHWC, "branch3x3dbl", (448, 1, 1), (384, 3, 3))
         pooled_BHWC = nn.max_pool(x_BHWC, (3, 3), (1, 1), "SAME") if self.max_pool else average(x_BHWC)
         branches = [
-            conv(x_BHWC, "branch1x1", 320),
-            conv(single_BHWC, "branch3x3_2a", 384, (1, 3)),
-            conv(single_BHWC, "branch3x3_2b", 384, (3, 1)),
-            conv(double_BHWC, "branch3x3dbl_3a", 384, (1, 3)),
-            conv(double_BHWC, "branch3x3dbl_3b", 384, (3, 1)),
-            conv(pooled_BHWC, "branch_pool", 192),
+            conv_relu(x_BHWC, "branch1x1", 320),
+            conv_relu(single_BHWC, "branch3x3_2a", 384, (1, 3)),
+            conv_relu(single_BHWC, "branch3x3_2b", 384, (3, 1)),
+            conv_relu(double_BHWC, "branch3x3dbl_3a", 384, (1, 3)),
+            conv_relu(double_BHWC, "branch3x3dbl_3b", 384, (3, 1)),
+            conv_relu(pooled_BHWC, "branch_pool", 192),
         ]
         return jnp.concatenate(branches, axis=3)
 
@@ -189,11 +189,11 @@ class Inception(nn.Module):
     @nn.compact
     def __call__(self, x_BHWC: jax.Array) -> dict[str, jax.Array]:
         """Images [B, 299, 299, 3] -> what `features` lists."""
-        x_BHWC = conv(x_BHWC, "Conv2d_1a_3x3", 32, (3, 3), 2, "VALID")
-        x_BHWC = conv(x_BHWC, "Conv2d_2a_3x3", 32, (3, 3), padding="VALID")
-        x_BHWC = halve(conv(x_BHWC, "Conv2d_2b_3x3", 64, (3, 3)))
-        x_BHWC = conv(x_BHWC, "Conv2d_3b_1x1", 80)
-        x_BHWC = halve(conv(x_BHWC, "Conv2d_4a_3x3", 192, (3, 3), padding="VALID"))
+        x_BHWC = conv_relu(x_BHWC, "Conv2d_1a_3x3", 32, (3, 3), 2, "VALID")
+        x_BHWC = conv_relu(x_BHWC, "Conv2d_2a_3x3", 32, (3, 3), padding="VALID")
+        x_BHWC = halve(conv_relu(x_BHWC, "Conv2d_2b_3x3", 64, (3, 3)))
+        x_BHWC = conv_relu(x_BHWC, "Conv2d_3b_1x1", 80)
+        x_BHWC = halve(conv_relu(x_BHWC, "Conv2d_4a_3x3", 192, (3, 3), padding="VALID"))
         for letter, pool_width in zip("bcd", (32, 64, 64), strict=True):
             x_BHWC = Mixed35(pool_width, name=f"Mixed_5{letter}")(x_BHWC)
         x_BHWC = Reduction17(name="Mixed_6a")(x_BHWC)

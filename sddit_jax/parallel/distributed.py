@@ -1,7 +1,8 @@
 """Several processes that train or sample as one: how they meet, and how one of them leaves.
 
-JAX ends a process without an exception when its coordinator cannot be reached or another process is missing. So the
-processes first meet at the coordinator's address by themselves, and whatever is wrong is told to all of them.
+Processes first meet over sockets of this module, at the coordinator's address, and whatever is wrong is told to all of
+them. JAX has nothing for that: `jax.distributed.initialize` of 0.10 and 0.12 aborts the process when another is missing
+or unreachable, crashes it when the port is taken, and begins when processes disagree on how many they are.
 """
 
 import contextlib
@@ -38,7 +39,7 @@ LEAVING_SECONDS = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class ProcessPlace:
     """A process's place among the `count` of them; process 0 listens at host:port."""
 
     host: str
@@ -185,7 +186,7 @@ def _connect_devices() -> None:
     jax.block_until_ready(jax.jit(jnp.sum, out_shardings=NamedSharding(devices, P()))(ones_N))
 
 
-def _explicit(address: str, index: int | None, count: int | None) -> Place:
+def _explicit(address: str, index: int | None, count: int | None) -> ProcessPlace:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UserError(f"--distributed={address}: it should be off, auto or HOST:PORT, such as 10.0.0.1:1234")
@@ -193,11 +194,11 @@ def _explicit(address: str, index: int | None, count: int | None) -> Place:
         raise UserError(f"--distributed={address} needs --process_index=I and --process_count=N")
     if not 0 <= index < count:
         raise UserError(f"--process_index={index} --process_count={count}: processes are numbered 0 to {count - 1}")
-    return Place(host.removeprefix("[").removesuffix("]"), int(port), index, count)
+    return ProcessPlace(host.removeprefix("[").removesuffix("]"), int(port), index, count)
 
 
-def _detect(wait_seconds: int) -> Place:
-    """What `jax.distributed.initialize()` would find out: only JAX's own module tells it beforehand."""
+def _detect(wait_seconds: int) -> ProcessPlace:
+    """What `jax.distributed.initialize()` would find out: no public function of JAX tells it beforehand."""
     from jax._src.clusters import ClusterEnv
 
     known = os.environ.get("JAX_COORDINATOR_ADDRESS")
@@ -213,10 +214,10 @@ def _detect(wait_seconds: int) -> Place:
             "in --distributed=10.0.0.1:1234 --process_index=0 --process_count=2"
         )
     host, _, port = address.rpartition(":")
-    return Place(host.removeprefix("[").removesuffix("]"), int(port), index, count, device_ids)
+    return ProcessPlace(host.removeprefix("[").removesuffix("]"), int(port), index, count, device_ids)
 
 
-def _receive(place: Place, wait_seconds: int, deadline: float) -> None:
+def _receive(place: ProcessPlace, wait_seconds: int, deadline: float) -> None:
     """Process 0: waits for one message of each of the others, and answers all when all are there or something fails."""
     try:
         dual = socket.has_dualstack_ipv6()
@@ -249,7 +250,11 @@ def _receive(place: Place, wait_seconds: int, deadline: float) -> None:
 
 
 def _admit(
-    server: socket.socket, place: Place, waiting: list[tuple[int, socket.socket]], wait_seconds: int, deadline: float
+    server: socket.socket,
+    place: ProcessPlace,
+    waiting: list[tuple[int, socket.socket]],
+    wait_seconds: int,
+    deadline: float,
 ) -> None:
     """Takes the next process, its index and the connection over which it waits for its answer, into `waiting`."""
     server.settimeout(max(deadline - time.monotonic(), 0.001))
@@ -295,7 +300,7 @@ def _has_gone(connection: socket.socket) -> bool:
         connection.settimeout(5)
 
 
-def _join(place: Place, wait_seconds: int, deadline: float) -> None:
+def _join(place: ProcessPlace, wait_seconds: int, deadline: float) -> None:
     """The others: wait until process 0 answers that all are there."""
     reason = ""
     while (left := deadline - time.monotonic()) > 0:

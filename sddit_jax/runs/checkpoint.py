@@ -182,7 +182,8 @@ class Checkpointer:
             self.wait()
         finally:
             self._manager.close()
-            # Orbax gives up at the first of its threads that fails, while the others go on writing.
+            # Orbax gives up at the first of its threads that fails, while the others go on writing, and it has no
+            # function that waits for them: the threads that a save has started are found by comparison.
             deadline = time.monotonic() + 60
             while self._threads & set(threading.enumerate()) and time.monotonic() < deadline:
                 time.sleep(0.01)

@@ -71,3 +71,9 @@ def restore_guide(
     check_guide(config, guide)
     check_codec(f"the guide {workdir}", meta["codec"], "what the network that it is to guide learnt", codec)
     return make_network(guide), ema["default"], meta
+
+
+def weights_record(workdir: str, meta: Mapping[str, Any], paths: tuple[str, ...]) -> dict[str, Any]:
+    """Where weights are from: the run, the step, and the digests of those whose paths begin with one of `paths`."""
+    digests = {path: value for path, value in meta["digests"].items() if path.startswith(paths)}
+    return {"workdir": workdir, "checkpoint_step": meta["step"], "checkpoint_digests": digests}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sddit_jax.config.arguments import parse
+from sddit_jax.config.arguments import parse_arguments
 from sddit_jax.config.border import resolve
 from sddit_jax.errors import ConfigError
 
@@ -30,18 +30,18 @@ def get_config(name, arguments=""):
     ],
 )
 def test_pairs_and_the_short_form(text, changed):
-    assert parse(text, DEFAULTS, short="data") == DEFAULTS | changed
+    assert parse_arguments(text, DEFAULTS, short="data") == DEFAULTS | changed
 
 
 @pytest.mark.parametrize("text", ["size=B/2,metod=dit", "size=B/2,x=1"])
 def test_a_wrong_name_is_answered_with_the_right_ones(text):
     with pytest.raises(ConfigError, match=r"unknown name: it takes data=...,size=...,method=..."):
-        parse(text, DEFAULTS, short="data")
+        parse_arguments(text, DEFAULTS, short="data")
 
 
 def test_without_a_short_form_a_name_is_needed():
     with pytest.raises(ConfigError, match=r"'/data' does not begin with a known name: it takes data=..."):
-        parse("/data", DEFAULTS)
+        parse_arguments("/data", DEFAULTS)
 
 
 @pytest.mark.parametrize("name", ["digits", "cifar10"])

@@ -12,7 +12,7 @@ DIT = {"model.learn_sigma": True, "model.null_label": "row"}
 
 
 def shapes(method, size, **changes):
-    model = {f"model.{key}": value for key, value in sizes.parse(size).items()}
+    model = {f"model.{key}": value for key, value in sizes.parse_size(size).items()}
     config = make_config(method, {**model, **changes})
     return config.model, jax.eval_shape(make_network(config).init, jax.random.key(0))
 
@@ -82,6 +82,6 @@ def test_total_parameters_of_dit(size, total):
 @pytest.mark.parametrize("size", ["", "XL", "M/2", "XL/3", "xl/2", "DiT-XL/2", "S/2/2", "S/02"])
 def test_unknown_sizes_are_named(size):
     with pytest.raises(ConfigError) as error:
-        sizes.parse(size)
+        sizes.parse_size(size)
     assert repr(size) in str(error.value)
     assert "S, B, L, XL, H" in str(error.value)

@@ -9,7 +9,7 @@ from sddit_jax.config.schema import ParallelConfig
 from sddit_jax.data.sources import open_source
 from sddit_jax.errors import DataError, UserError
 from sddit_jax.evaluation import metrics
-from sddit_jax.evaluation.comparison import evaluate, find_samples, full_record, table
+from sddit_jax.evaluation.comparison import comparison_table, evaluate, find_samples, full_record
 from sddit_jax.evaluation.feature_spaces import Features, FeatureSpace, device_space, measure, pixels_space
 from sddit_jax.evaluation.image_sets import open_image_set, source_image_set
 from sddit_jax.evaluation.reference import open_reference, write_reference
@@ -287,7 +287,7 @@ def test_the_record_has_every_condition(reference, tmp_path):
     assert record["features"] == {"name": "pixels", "dimension": 108}
     assert len(record["reference"]["sha256"]) == 64
     assert any("is of 49 images" in words for words in record["warnings"])
-    lines = "\n".join(table(record))
+    lines = "\n".join(comparison_table(record))
     for words in ("step 7", "heun", "guidance 1.5", "fd_pixels", "precision", "recall", "+-", "fd_pixels, samples: 50"):
         assert words in lines
 

@@ -7,7 +7,7 @@ from helpers import make_config, tiny_config
 
 from sddit_jax.config.border import resolve
 from sddit_jax.config.parts import make_network
-from sddit_jax.config.sizes import PATCHES, SIZES, parse
+from sddit_jax.config.sizes import PATCHES, SIZES, parse_size
 from sddit_jax.errors import WeightsError
 from sddit_jax.interop.layouts import DIT, MASKDIT, OWN, fit, homeless, shapes_of, shared_prefix
 from sddit_jax.interop.state_dict import to_state_dict
@@ -17,7 +17,7 @@ DIT_CHANGES = {"model.learn_sigma": True, "model.null_label": "row"}
 
 
 def published(method, size, changes):
-    model = {f"model.{key}": value for key, value in parse(size).items()}
+    model = {f"model.{key}": value for key, value in parse_size(size).items()}
     return make_config(method, model | changes)
 
 
@@ -105,7 +105,7 @@ def test_the_shapes_of_a_file_tell_its_network(name, patch):
         assert inferred.model == config.model
         assert inferred.masking == config.masking
         assert inferred.objectives == config.objectives
-        assert inferred.diffusion.name == layout.diffusion
+        assert inferred.diffusion.name == {MASKDIT: "edm", DIT: "ddpm"}[layout]
         assert (inferred.codec.name, inferred.codec.scale) == ("latents", (0.18215,))
         assert not inferred.ema.warmup
 

@@ -14,7 +14,7 @@ from twin import make_teacher, make_twin, namespaces, to_numpy, to_torch, twin_a
 
 from sddit_jax.config.parts import make_network
 from sddit_jax.config.presets import METHODS
-from sddit_jax.config.sizes import parse
+from sddit_jax.config.sizes import parse_size
 from sddit_jax.interop import pytorch
 from sddit_jax.interop.state_dict import from_state_dict, to_state_dict
 from sddit_jax.method.diffusions import make_diffusion
@@ -98,13 +98,13 @@ def test_the_same_network(method, changes):
 @pytest.mark.parametrize("size", ["S/2", "S/8", "B/4", "L/8", "XL/2", "H/8"])
 @pytest.mark.parametrize(("method", "changes"), [("maskdit", {}), ("dit", DIT)])
 def test_the_same_network_at_published_sizes(size, method, changes):
-    model = {f"model.{key}": value for key, value in parse(size).items()}
+    model = {f"model.{key}": value for key, value in parse_size(size).items()}
     assert_same_network(make_config(method, model | changes), 1e-4)
 
 
 @pytest.mark.slow
 def test_the_same_network_at_512_pixels():
-    model = {f"model.{key}": value for key, value in parse("S/2").items()}
+    model = {f"model.{key}": value for key, value in parse_size("S/2").items()}
     assert_same_network(make_config("sd_dit", model | {"model.image_size": 64}), 1e-4)
 
 

@@ -13,7 +13,7 @@ from helpers import make_config
 from twin import make_twin, to_numpy, to_torch
 
 from sddit_jax.config.parts import make_network
-from sddit_jax.config.sizes import parse
+from sddit_jax.config.sizes import parse_size
 from sddit_jax.interop.layouts import DIT, MASKDIT
 from sddit_jax.interop.state_dict import from_state_dict
 from sddit_jax.method.diffusion import EDM
@@ -43,7 +43,7 @@ def x_BHWC():
 
 
 def small(method, **changes):
-    model = {**parse("S/2"), **changes}
+    model = {**parse_size("S/2"), **changes}
     return make_config(method, {f"model.{key}": value for key, value in model.items()})
 
 
