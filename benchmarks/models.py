@@ -14,6 +14,8 @@ from sddit_jax.config.parts import make_parts
 from sddit_jax.config.presets import imagenet
 from sddit_jax.config.schema import Config
 from sddit_jax.method.train_step import make_train_step
+from sddit_jax.parallel.hooks import make_hooks
+from sddit_jax.parallel.sharding import make_mesh
 
 DIGITS = Path(__file__).parents[1] / "configs" / "digits.py"
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Images of a step; digits have their own number.", lower_bound=1)
@@ -51,7 +53,7 @@ def random_batch(config: Config) -> dict[str, jax.Array]:
 
 def train_step(config: Config, batch: dict[str, jax.Array]) -> Callable[[], Any]:
     """A step as train.py jits it on one device, to be called again and again."""
-    parts = make_parts(config)
+    parts = make_parts(config, make_hooks(make_mesh(config.parallel, jax.devices()[:1]), config.model))
     step = jax.jit(make_train_step(parts), donate_argnums=0)
     state = jax.jit(parts.init_state)(jax.random.key(0))
 

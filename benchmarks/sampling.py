@@ -22,9 +22,11 @@ from absl import flags
 from twin import make_twin
 
 from sddit_jax.config.parts import make_parts
-from sddit_jax.config.schema import Config
+from sddit_jax.config.schema import Config, ParallelConfig
 from sddit_jax.cost import flops
 from sddit_jax.interop import pytorch
+from sddit_jax.parallel.hooks import make_hooks
+from sddit_jax.parallel.sharding import make_mesh
 from sddit_jax.sampling.sampler import make_sample
 
 MODELS = flags.DEFINE_list("models", ["digits", "S/2"], "digits, or sizes of latents of 256 pixels.")
@@ -57,7 +59,8 @@ def torch_sample(model: str, compiled: bool, device: str) -> Callable[[], Any]:
 def row(model: str) -> dict[str, Any]:
     """The cells of a row."""
     config = sampling_config(model)
-    parts = make_parts(config)
+    mesh = make_mesh(ParallelConfig(), jax.devices()[:1])
+    parts = make_parts(config, make_hooks(mesh, config.model, whole=True))
     params = jax.jit(parts.network.init)(jax.random.key(0))
     index_B = jnp.arange(IMAGES.value)
     sample = jax.jit(make_sample(parts.network, parts.diffusion, parts.codec, config.sampling))

@@ -27,7 +27,9 @@ from sddit_jax.errors import UserError
 from sddit_jax.generation.decoding import load_decode
 from sddit_jax.generation.drawing import Generator, draw_class_grid, draw_samples, draw_strip
 from sddit_jax.generation.sample_folder import SampleFolder
+from sddit_jax.models.transformer import ModelConfig
 from sddit_jax.parallel import sharding
+from sddit_jax.parallel.hooks import attention_kernel, make_hooks
 from sddit_jax.runs.folder import open_checkpoints, restore_guide, weights_record
 from sddit_jax.runs.versions import versions
 from sddit_jax.sampling.labels import labels_of
@@ -92,15 +94,15 @@ def main() -> None:
     process_flags.start_processes()
     ema, meta = open_checkpoints(Path(WORKDIR.value).expanduser()).restore_ema(step=STEP.value)
     config = resolve({**meta["config"], "sampling": {**meta["config"]["sampling"], **settings()}}, bool(GUIDE.value))
-    parts = make_parts(config)
+    mesh = sharding.make_mesh(ParallelConfig())
+    parts = make_parts(config, make_hooks(mesh, config.model, whole=True))
     params, guide, guide_record = ema["default"], None, None
     if GUIDE.value:
         if config.sampling.guidance == 1:
             raise UserError(f"--guide={GUIDE.value} does nothing with a guidance of 1: set --guidance")
         workdir = Path(GUIDE.value).expanduser()
-        guide, weaker, guide_meta = restore_guide(workdir, config, meta["codec"], GUIDE_STEP.value)
+        guide, weaker, guide_meta = restore_guide(workdir, config, meta["codec"], mesh, GUIDE_STEP.value)
         params, guide_record = (params, weaker), weights_record(GUIDE.value, guide_meta, ("ema/",))
-    mesh = sharding.make_mesh(ParallelConfig())
     indices = _indices()
     autoencoder = config.codec.autoencoder if VAE.value is None else VAE.value
     decode = load_decode(autoencoder, meta["codec"], mesh)
@@ -135,7 +137,7 @@ def main() -> None:
     output = Path(OUTPUT.value).expanduser()
     if indices:
         folder = SampleFolder(
-            output, record, _environment(), indices, BATCH_SIZE.value, kind=kind, png=FORMAT.value == "png"
+            output, record, _environment(config.model), indices, BATCH_SIZE.value, kind=kind, png=FORMAT.value == "png"
         )
         draw_samples(generator, folder)
         log.info("%d images of step %d in %s", len(indices), meta["step"], output)
@@ -181,9 +183,12 @@ def _classes(num_classes: int) -> np.ndarray:
     return labels_of(LABELS.value, range(LABELS.value.count(",") + 1), num_classes, SEED.value)
 
 
-def _environment() -> str:
-    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    return ", ".join([*(f"{name} {version}" for name, version in versions().items()), devices])
+def _environment(model: ModelConfig) -> str:
+    """What samples are computed on: versions, devices, and the kernel of attention."""
+    device = jax.devices()[0]
+    words = [f"{name} {version}" for name, version in versions().items()]
+    kernel = f"attention {attention_kernel(model, device)}"
+    return ", ".join([*words, f"{jax.device_count()} x {device.device_kind}", kernel])
 
 
 if __name__ == "__main__":

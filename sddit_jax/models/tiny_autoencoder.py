@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from sddit_jax.errors import ConfigError
-from sddit_jax.models.autoencoder import check_scaling, check_sides, conv, exact, upsample
+from sddit_jax.models.autoencoder import Autoencoder, check_scaling, check_sides, conv, exact, upsample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +100,8 @@ class TinyDecoder(nn.Module):
         return conv(c.out_channels, self.dtype, f"layer_{place}")(x_BHWC)
 
 
-class TinyAutoencoder:
-    """The encoder and the decoder of one configuration. Holds no arrays; see `Autoencoder`."""
+class TinyAutoencoder(Autoencoder):
+    """An `Autoencoder` with the networks of diffusers' AutoencoderTiny, which has no distribution."""
 
     def __init__(self, config: TinyAutoencoderConfig, dtype: Any = jnp.float32) -> None:
         self.config = config
@@ -113,16 +113,6 @@ class TinyAutoencoder:
     def factor(self) -> int:
         """Pixels of the image's side for each of the latent's: 8 for TAESD."""
         return 2 ** (len(self.config.encoder_blocks) - 1)
-
-    def init(self, key: jax.Array) -> dict[str, Any]:
-        """Fresh float32 parameters, {"encoder": ..., "decoder": ...}."""
-        encoder_key, decoder_key = jax.random.split(key)
-        image_BHWC = jnp.zeros((1, self.factor, self.factor, self.config.in_channels))
-        z_BHWC = jnp.zeros((1, 1, 1, self.config.latent_channels))
-        return {
-            "encoder": self.encoder.init(encoder_key, image_BHWC)["params"],
-            "decoder": self.decoder.init(decoder_key, z_BHWC)["params"],
-        }
 
     def encode(self, params: Any, image_BHWC: jax.Array) -> jax.Array:
         """Images in [-1, 1] -> latents, float32 [B, H/f, W/f, latent_channels]; there is no distribution.

@@ -12,10 +12,13 @@ from sddit_jax.parallel.sharding import make_constrain
 KERNELS = {"products": product_attention, "cudnn": cudnn_attention}
 
 
-def make_hooks(mesh: Mesh, model: ModelConfig) -> Hooks:
-    """The hooks of a network that is computed on a mesh. Raises ConfigError for a kernel that the devices lack."""
-    kernel = attention_kernel(model, mesh.devices.flat[0])
-    return Hooks(make_constrain(mesh), KERNELS[kernel])
+def make_hooks(mesh: Mesh, model: ModelConfig, *, whole: bool = False) -> Hooks:
+    """The hooks of a network that is computed on a mesh. Raises ConfigError for a kernel that the devices lack.
+
+    whole: all parameters lie on every device, as for sampling, so that nothing has to be gathered.
+    """
+    kernel = KERNELS[attention_kernel(model, mesh.devices.flat[0])]
+    return Hooks(attend=kernel) if whole else Hooks(make_constrain(mesh), kernel)
 
 
 def attention_kernel(model: ModelConfig, device: jax.Device) -> str:

@@ -15,6 +15,7 @@ from sddit_jax.files import read_json, write_json
 from sddit_jax.method.codec import check_codec
 from sddit_jax.method.state import State
 from sddit_jax.models.transformer import Network
+from sddit_jax.parallel.hooks import make_hooks
 from sddit_jax.parallel.sharding import abstract_state
 from sddit_jax.runs.checkpoint import Checkpointer
 
@@ -60,7 +61,7 @@ def restore_run(
 
 
 def restore_guide(
-    workdir: Path, config: Config, codec: Mapping[str, Any], step: int | None = None
+    workdir: Path, config: Config, codec: Mapping[str, Any], mesh: jax.sharding.Mesh, step: int | None = None
 ) -> tuple[Network, Any, dict[str, Any]]:
     """Network, EMA weights and record of the run that guides the samples of a network, from its newest checkpoint.
 
@@ -70,7 +71,7 @@ def restore_guide(
     guide = border.resolve(meta["config"])
     check_guide(config, guide)
     check_codec(f"the guide {workdir}", meta["codec"], "what the network that it is to guide learnt", codec)
-    return make_network(guide), ema["default"], meta
+    return make_network(guide, make_hooks(mesh, guide.model, whole=True)), ema["default"], meta
 
 
 def weights_record(workdir: str, meta: Mapping[str, Any], paths: tuple[str, ...]) -> dict[str, Any]:

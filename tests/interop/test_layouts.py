@@ -131,7 +131,7 @@ def test_a_network_that_no_code_publishes_needs_a_config():
         (MASKDIT, "maskdit", {}, []),
         (MASKDIT, "dit", {}, []),
         (MASKDIT, "maskdit", {"model.null_label": "row"}, ["encoder.label.table"]),
-        (MASKDIT, "sd_dit", {}, ["encoder.cls", "head.mlp_0.bias", "head.mlp_0.weight"]),
+        (MASKDIT, "sd_dit", {}, ["encoder.cls"]),
         (DIT, "dit", DIT_CHANGES, []),
         (DIT, "maskdit", {"model.null_label": "row"}, ["decoder.bridge.linear.bias", "decoder.bridge.linear.weight"]),
     ],
