@@ -108,8 +108,10 @@ class _Loop:
                 self._evaluate(start, state)
             for step in range(start + 1, last + 1):
                 batch = self._next_batch(loader, step, state)
-                state, metrics = train_step(state, batch)
-                self._report(step, metrics, state, batch)
+                # What the devices would wait for raises: only metrics cross to the host, and explicitly.
+                with jax.transfer_guard("disallow"):
+                    state, metrics = train_step(state, batch)
+                    self._report(step, metrics, state, batch)
                 self._save_if_due(step, state)
                 self._evaluate(step, state)
                 if self.config.sampling.every and step % self.config.sampling.every == 0 and step < last:

@@ -1,4 +1,4 @@
-"""The loop: evaluators of one's own, in the order of effects."""
+"""The loop: evaluators of one's own, in the order of effects; and what may cross between host and devices."""
 
 import json
 import os
@@ -40,8 +40,10 @@ CONFIG = tiny_config(
 )
 
 
+DIRECTIONS = ("host_to_device", "device_to_device", "device_to_host")
 MEASURED: list[int] = []
 SAID: list[tuple[int, bool, bool]] = []
+FORBIDDEN: dict[str, str] = {}
 
 
 class Beside(Evaluator):
@@ -55,6 +57,7 @@ class Beside(Evaluator):
 
     def measure(self, state, moment):
         assert moment.batch["image"].shape == (8, 8, 8, 1)
+        FORBIDDEN.update({kind: getattr(jax.config, f"jax_transfer_guard_{kind}") for kind in DIRECTIONS})
         return {self.name: jax.jit(optax.tree.norm)(state["params"])}
 
     def say(self, step, row):
@@ -73,6 +76,7 @@ class Apart(Evaluator):
     def measure(self, state, moment):
         MEASURED.append(moment.step)
         moment.check()
+        # What has a row of its own may transfer as it likes.
         return {self.name: state["step"] + 0}
 
     def say(self, step, row):
@@ -86,6 +90,13 @@ class Stopped(Apart):
         if moment.step == 3 and 3 not in MEASURED:
             os.kill(os.getpid(), signal.SIGTERM)
         return super().measure(state, moment)
+
+
+class Careless(Beside):
+    """Adds a number of the host's to one of a device."""
+
+    def measure(self, state, moment):
+        return {self.name: state["step"] + 1}
 
 
 def rows_of(workdir: Path, *kinds: type[Evaluator]) -> list[dict]:
@@ -131,3 +142,18 @@ def test_stopped_in_an_evaluation_it_ends_as_if_never_stopped(whole, tmp_path):
         rows_of(tmp_path, Beside, Stopped)
     assert rows_of(tmp_path, Beside, Stopped) == whole[1]
     assert MEASURED == [1, 3, 3, 5]
+
+
+@pytest.mark.usefixtures("whole")
+def test_nothing_crosses_within_a_step_but_the_batch_and_the_metrics(monkeypatch, tmp_path):
+    """A CPU's memory is the host's, so there JAX sees what goes to a device, and lets pass what comes back.
+
+    (Of arrays on several devices JAX 0.12 sees that too.) Of the way back only the setting is tested.
+    """
+    assert [FORBIDDEN[kind] for kind in DIRECTIONS] == ["disallow"] * 3
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+        rows_of(tmp_path / "careless", Careless)
+    # Rows that nobody has put on the devices.
+    monkeypatch.setattr(sharding, "put_batch", lambda mesh, rows: rows)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+        rows_of(tmp_path / "not_put")

@@ -64,7 +64,7 @@ class Evaluator(abc.ABC):
     if the step is due, and measured again.
 
     joins_step: what `measure` returns stands in the row of the step itself. It is called as soon as the step has been
-    dispatched, calls what is jitted, and waits for nothing.
+    dispatched, calls what is jitted, and waits for nothing: a number of the host's among the devices' arrays raises.
     Otherwise `measure` is called when the step is done, may take its time, and has a row of its own.
 
     A subclass is one row of `evaluators.EVALUATORS`.
