@@ -1,24 +1,51 @@
-"""What is measured when a run is done."""
+"""What the assignments of the discrimination's teacher tell of the images."""
 
 import logging
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
+from typing import Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from sddit_jax.config.schema import Config
-from sddit_jax.data.image_sources import ImageSource
-from sddit_jax.evaluation.metrics import nearest_neighbour_accuracy
+from sddit_jax.evaluation.protocol import Evaluator, Moment, Run
 from sddit_jax.method.objectives.discrimination import Discrimination
 from sddit_jax.method.state import Parts, State
 from sddit_jax.method.train_step import clean, step_key
 from sddit_jax.parallel.sharding import replicated
-from sddit_jax.sampling.labels import balanced_labels
 
 log = logging.getLogger("sddit_jax")
-Generate = Callable[[Any, int, np.ndarray], np.ndarray]
+
+
+class Diagnosis(Evaluator):
+    """`diagnose` on the batch at hand, every `log.diagnose_every` steps and at the last one."""
+
+    name = "teacher/patch/information"
+    joins_step = True
+
+    def __init__(self, run: Run, start: int) -> None:
+        super().__init__(run, start)
+        self._diagnose = jax.jit(
+            lambda state, batch: diagnose(run.parts, state, batch), out_shardings=replicated(run.mesh)
+        )
+
+    @classmethod
+    def make(cls, run: Run, start: int) -> Self | None:
+        """None without a discrimination, or if log.diagnose_every is 0."""
+        asked_for = run.config.log.diagnose_every and discrimination_of(run.parts)
+        return cls(run, start) if asked_for else None
+
+    def due(self, step: int) -> bool:
+        """Whether to diagnose a step."""
+        return step % self.run.config.log.diagnose_every == 0 or step == self.run.config.steps
+
+    def measure(self, state: State, moment: Moment) -> Mapping[str, jax.Array]:
+        """teacher/{patch,cls}/information, in nats; see `Discrimination.diagnose`."""
+        return self._diagnose(state, moment.batch)
+
+    def say(self, step: int, row: Mapping[str, float]) -> None:
+        """Warns of a collapse, once a tenth of the steps are done."""
+        if step > self.run.config.steps // 10 and (reason := collapse(self.run.parts, row)):
+            log.warning("step %d: the discrimination looks collapsed: %s", step, reason)
 
 
 def discrimination_of(parts: Parts) -> Discrimination | None:
@@ -26,7 +53,7 @@ def discrimination_of(parts: Parts) -> Discrimination | None:
     return next((o for o in parts.objectives if isinstance(o, Discrimination)), None)
 
 
-def diagnose(parts: Parts, state: State, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def diagnose(parts: Parts, state: State, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """`Discrimination.diagnose` on a batch; its noise follows from the seed and the step. To be jitted."""
     x0_BHWC = clean(parts, batch, state["step"])
     eps_BHWC = jax.random.normal(step_key(parts, state["step"]), x0_BHWC.shape)
@@ -36,7 +63,7 @@ def diagnose(parts: Parts, state: State, batch: dict[str, jax.Array]) -> dict[st
     )
 
 
-def collapse(parts: Parts, metrics: dict[str, float]) -> str:
+def collapse(parts: Parts, metrics: Mapping[str, float]) -> str:
     """Why the teacher's assignments look collapsed, from metrics with a diagnosis; empty if they do not."""
     reasons = []
     objective = discrimination_of(parts)
@@ -51,67 +78,3 @@ def collapse(parts: Parts, metrics: dict[str, float]) -> str:
         if mean_entropy < full / 4:
             reasons.append(f"{kind} assignments use few prototypes (entropy {mean_entropy:.2f} of {full:.2f})")
     return "; ".join(reasons)
-
-
-def evaluate_digits(
-    config: Config, parts: Parts, state: State, source: ImageSource, generate: Generate, mesh: jax.sharding.Mesh
-) -> dict[str, float]:
-    """The samples of the EMA weights against the real digits, and what the encoder knows of them.
-
-    eval/{class_consistency, frechet_pixels, nearest_real, nearest_real_close}: means over the draws (see `judge`).
-    eval/{patch,cls}/information: what the teacher's assignments of all real digits tell beyond position and label.
-    eval/probe_cls, eval/probe_cls_untrained: 1-NN accuracy of [CLS] under the null label, of this encoder and of a
-    fresh one.
-    """
-    from sddit_jax.evaluation.digits import judge  # loads scikit-learn's classifiers: slow, and only needed here
-
-    everywhere = replicated(mesh)
-    label_N = balanced_labels(config.eval.num_samples, source.num_classes)
-    real = [source[i] for i in range(len(source))]
-    image_BHWC = np.stack([record["image"] for record in real])
-    real_label_B = np.stack([record["label"] for record in real])
-    draws = [
-        judge(generate(state["ema"]["default"], config.seed + 1 + draw, label_N), label_N, image_BHWC, real_label_B)
-        for draw in range(config.eval.draws)
-    ]
-    results = {key: float(np.mean([draw[key] for draw in draws])) for key in draws[0]}
-    if discrimination_of(parts):
-        found = jax.jit(lambda s, b: diagnose(parts, s, b), out_shardings=everywhere)(
-            state, {"image": image_BHWC, "label": real_label_B}
-        )
-        results |= {key.replace("teacher/", "eval/"): float(value) for key, value in found.items()}
-    if config.model.cls_token:
-
-        def cls_features(params: Any) -> jax.Array:
-            x0_BHWC = parts.codec.encode(image_BHWC)
-            sigma_B = jnp.full(len(x0_BHWC), parts.diffusion.sigma_min, jnp.float32)
-            null_B = jnp.full(len(x0_BHWC), parts.network.null_label, jnp.int32)
-            return parts.network.encode(params, *parts.diffusion.network_input(x0_BHWC, sigma_B), null_B).cls_BD
-
-        fresh = jax.jit(parts.network.init, out_shardings=everywhere)(jax.random.key(config.seed))
-        for name, params in (("", state["ema"]["default"]), ("_untrained", fresh)):
-            features = np.asarray(jax.jit(cls_features, out_shardings=everywhere)(params))
-            results[f"eval/probe_cls{name}"] = nearest_neighbour_accuracy(features, real_label_B)
-    return results
-
-
-def digits_lines(results: dict[str, float]) -> list[str]:
-    """The result in a few lines for a person."""
-    r = {key.removeprefix("eval/"): value for key, value in results.items()}
-    lines = [
-        f"samples: {r['class_consistency']:.1%} recognised as the asked digit, Frechet distance in pixels "
-        f"{r['frechet_pixels']:.3f} (two halves of the real digits: 0.07)",
-        f"novelty: distance to the nearest real digit has a median of {r['nearest_real']:.2f} (real to real: 1.01), "
-        f"{r['nearest_real_close']:.1%} are closer than 0.5",
-    ]
-    if "patch/information" in r:
-        lines.append(
-            f"encoder: assignments tell {r['patch/information']:.2f} nats (patches) beyond position and label"
-            + (
-                f", {r['cls/information']:.2f} nats ([CLS]); 1-NN of [CLS] under the null label {r['probe_cls']:.1%} "
-                f"(untrained {r['probe_cls_untrained']:.1%})"
-                if "cls/information" in r
-                else ""
-            )
-        )
-    return lines

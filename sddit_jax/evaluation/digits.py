@@ -1,9 +1,88 @@
-"""Samples of digits judged against the 1,797 real ones of scikit-learn."""
+"""Samples of digits judged against the 1,797 real ones of scikit-learn, and what the encoder knows of these."""
 
+import logging
+from collections.abc import Mapping
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
 import numpy as np
-from sklearn.svm import SVC
 
-from sddit_jax.evaluation.metrics import frechet_distance, moments, nearest_distances
+from sddit_jax.evaluation.diagnosis import diagnose, discrimination_of
+from sddit_jax.evaluation.metrics import frechet_distance, moments, nearest_distances, nearest_neighbour_accuracy
+from sddit_jax.evaluation.protocol import Evaluator, Moment, Run
+from sddit_jax.method.state import State
+from sddit_jax.parallel.sharding import replicated
+from sddit_jax.sampling.labels import balanced_labels
+
+log = logging.getLogger("sddit_jax")
+
+
+class Digits(Evaluator):
+    """The samples of the EMA weights against the real digits, and what the encoder knows of them, at the last step.
+
+    eval/{class_consistency, frechet_pixels, nearest_real, nearest_real_close}: means over the draws (see `judge`).
+    eval/{patch,cls}/information: what the teacher's assignments of all real digits tell beyond position and label.
+    eval/probe_cls, eval/probe_cls_untrained: 1-NN accuracy of [CLS] under the null label, of this encoder and of a
+    fresh one.
+    """
+
+    name = "eval/class_consistency"
+
+    @classmethod
+    def make(cls, run: Run, start: int) -> Self | None:
+        """None unless eval.name is digits."""
+        return cls(run, start) if run.config.eval.name == "digits" else None
+
+    def due(self, step: int) -> bool:
+        """Whether the step is the last."""
+        return step == self.run.config.steps
+
+    def measure(self, state: State, moment: Moment) -> dict[str, float]:
+        """All that the class names; what the network lacks is left out."""
+        run, source = self.run, self.run.source
+        real = [source[i] for i in range(len(source))]
+        image_BHWC = np.stack([record["image"] for record in real])
+        label_B = np.stack([record["label"] for record in real])
+        results = self._judged(state["ema"]["default"], image_BHWC, label_B, moment)
+        if discrimination_of(run.parts):
+            diagnosed = jax.jit(lambda s, b: diagnose(run.parts, s, b), out_shardings=replicated(run.mesh))
+            found = diagnosed(state, {"image": image_BHWC, "label": label_B})
+            results |= {key.replace("teacher/", "eval/"): float(value) for key, value in found.items()}
+        if run.config.model.cls_token:
+            results |= self._probed(state["ema"]["default"], image_BHWC, label_B)
+        return results
+
+    def say(self, step: int, row: Mapping[str, float]) -> None:
+        """The result in a few lines."""
+        del step
+        for line in digits_lines(row):
+            log.info("%s", line)
+
+    def _judged(self, ema: Any, image_BHWC: np.ndarray, label_B: np.ndarray, moment: Moment) -> dict[str, float]:
+        config, draws = self.run.config, []
+        asked_N = balanced_labels(config.eval.num_samples, self.run.source.num_classes)
+        for draw in range(config.eval.draws):
+            moment.check()
+            samples_NHWC = self.run.generate(ema, config.seed + 1 + draw, asked_N)
+            draws.append(judge(samples_NHWC, asked_N, image_BHWC, label_B))
+        return {key: float(np.mean([draw[key] for draw in draws])) for key in draws[0]}
+
+    def _probed(self, ema: Any, image_BHWC: np.ndarray, label_B: np.ndarray) -> dict[str, float]:
+        parts, everywhere = self.run.parts, replicated(self.run.mesh)
+
+        def cls_features(params: Any) -> jax.Array:
+            x0_BHWC = parts.codec.encode(image_BHWC)
+            sigma_B = jnp.full(len(x0_BHWC), parts.diffusion.sigma_min, jnp.float32)
+            null_B = jnp.full(len(x0_BHWC), parts.network.null_label, jnp.int32)
+            return parts.network.encode(params, *parts.diffusion.network_input(x0_BHWC, sigma_B), null_B).cls_BD
+
+        fresh = jax.jit(parts.network.init, out_shardings=everywhere)(jax.random.key(self.run.config.seed))
+        results = {}
+        for name, params in (("", ema), ("_untrained", fresh)):
+            features = np.asarray(jax.jit(cls_features, out_shardings=everywhere)(params))
+            results[f"eval/probe_cls{name}"] = nearest_neighbour_accuracy(features, label_B)
+        return results
 
 
 def vectors(images_BHWC: np.ndarray) -> np.ndarray:
@@ -21,6 +100,8 @@ def judge(
     the real digits in pixel space. eval/nearest_real: median distance to the nearest real digit (real to real: 1.01),
     with eval/nearest_real_close the share under 0.5, which would be copies.
     """
+    from sklearn.svm import SVC  # slow to load, and only needed here
+
     samples, real = vectors(images_BHWC), vectors(real_BHWC)
     # In units of the original 0..16, gamma is the 0.001 that scikit-learn's own example uses.
     classifier = SVC(gamma=0.001 * 16**2).fit(real, real_label_B)
@@ -31,3 +112,25 @@ def judge(
         "eval/nearest_real": float(np.median(nearest)),
         "eval/nearest_real_close": float((nearest < 0.5).mean()),
     }
+
+
+def digits_lines(results: Mapping[str, float]) -> list[str]:
+    """The result in a few lines for a person."""
+    r = {key.removeprefix("eval/"): value for key, value in results.items()}
+    lines = [
+        f"samples: {r['class_consistency']:.1%} recognised as the asked digit, Frechet distance in pixels "
+        f"{r['frechet_pixels']:.3f} (two halves of the real digits: 0.07)",
+        f"novelty: distance to the nearest real digit has a median of {r['nearest_real']:.2f} (real to real: 1.01), "
+        f"{r['nearest_real_close']:.1%} are closer than 0.5",
+    ]
+    if "patch/information" in r:
+        lines.append(
+            f"encoder: assignments tell {r['patch/information']:.2f} nats (patches) beyond position and label"
+            + (
+                f", {r['cls/information']:.2f} nats ([CLS]); 1-NN of [CLS] under the null label {r['probe_cls']:.1%} "
+                f"(untrained {r['probe_cls_untrained']:.1%})"
+                if "cls/information" in r
+                else ""
+            )
+        )
+    return lines

@@ -11,19 +11,17 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
-from sddit_jax.config.schema import Config
 from sddit_jax.errors import CheckpointError, ConfigError
 from sddit_jax.evaluation.feature_spaces import measure
 from sddit_jax.evaluation.metric_table import distance_name, few_images_warnings
 from sddit_jax.evaluation.metrics import frechet_distance
+from sddit_jax.evaluation.protocol import Evaluator, Moment, Run
 from sddit_jax.evaluation.reference import open_reference
 from sddit_jax.evaluation.spaces import open_space
 from sddit_jax.files import read_json, undamaged, write_json
-from sddit_jax.generation.decoding import Decode
 from sddit_jax.generation.drawing import make_generate
-from sddit_jax.method.state import Parts
+from sddit_jax.method.state import State
 from sddit_jax.parallel.distributed import decided_by_primary
 from sddit_jax.sampling.labels import balanced_labels
 from sddit_jax.sampling.sampler import make_sample
@@ -45,8 +43,8 @@ def recorded_best(workdir: Path) -> int | None:
         return int(read_json(path, CheckpointError, _REMEDY)["step"])
 
 
-class Monitor:
-    """Measures a distance with the EMA weights every `config.eval.every` steps. All processes make the same calls.
+class Distance(Evaluator):
+    """Measures a distance with the EMA weights every `eval.every` steps.
 
     The same noise and labels each time. WORKDIR/best.json has the step with the lowest distance, all distances, and
     their conditions; with other conditions it starts anew. What it has of steps after `start`, which will come again,
@@ -55,37 +53,35 @@ class Monitor:
     Raises (when made): ConfigError, DataError or WeightsError for what could not be measured.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        parts: Parts,
-        codec: dict[str, Any],
-        decode: Decode,
-        mesh: Mesh,
-        workdir: Path,
-        start: int,
-    ) -> None:
-        self._eval, self._seed = config.eval, config.seed
+    def __init__(self, run: Run, start: int) -> None:
+        super().__init__(run, start)
+        config = run.config
         self._label_N = balanced_labels(config.eval.num_samples, config.model.num_classes)
-        self._space = open_space(config.eval.features, config.eval.inception, mesh, _BATCH_SIZE)
-        shape = self._shape_of_samples(config, codec.get("factor") or 1)
+        self._space = open_space(config.eval.features, config.eval.inception, run.mesh, _BATCH_SIZE)
+        shape = self._shape_of_samples()
         self._reference = open_reference(config.eval.reference, self._space, shape, _BATCH_SIZE, ("fid",))
         self.name = f"eval/{distance_name(self._space)}"
-        sample = make_sample(parts.network, parts.diffusion, parts.codec, config.sampling)
-        self._generate = make_generate(sample, mesh, min(config.batch_size, len(self._label_N), _BATCH_SIZE), decode)
+        sample = make_sample(run.parts.network, run.parts.diffusion, run.parts.codec, config.sampling)
+        batch_size = min(config.batch_size, len(self._label_N), _BATCH_SIZE)
+        self._generate = make_generate(sample, run.mesh, batch_size, run.decode)
 
         sampling = {k: v for k, v in dataclasses.asdict(config.sampling).items() if k not in ("every", "grid")}
-        self._path = workdir / BEST
+        self._path = run.workdir / BEST
         self._conditions = {
             "num_samples": config.eval.num_samples,
             "seed": config.seed,
             "sampling": sampling,
-            "autoencoder": decode.weights,
+            "autoencoder": run.decode.weights,
             "features": {k: v for k, v in self._space.record.items() if k != "weights"},
             "reference_sha256": self._reference.record["sha256"],
         }
         found = decided_by_primary(self._read).items()
         self._distances = {int(step): distance for step, distance in found if int(step) <= start}
+
+    @classmethod
+    def make(cls, run: Run, start: int) -> Evaluator:
+        """Without eval.every nothing is measured, but what an earlier run found best is kept."""
+        return cls(run, start) if run.config.eval.every else EarlierBest(run, start)
 
     @property
     def best(self) -> int | None:
@@ -94,21 +90,19 @@ class Monitor:
 
     def due(self, step: int) -> bool:
         """Whether the step is one to measure."""
-        return step > 0 and step % self._eval.every == 0
+        return step % self.run.config.eval.every == 0
 
-    def measure(self, ema: Any, step: int, check: Callable[[], None]) -> dict[str, float]:
+    def measure(self, state: State, moment: Moment) -> dict[str, float]:
         """Samples, and returns the distance as `self.name`, and the seconds that it took.
 
-        A distance that best.json has is returned without them. `check`, which may raise, is called between batches;
-        then nothing is kept.
+        A distance that best.json has is returned without them. `moment.check` is called between batches.
         """
+        ema, step = state["ema"]["default"], moment.step
         if step in self._distances:
             return {self.name: self._distances[step]}
-        # What training still computes is not the time of this.
-        jax.block_until_ready(ema)
         began = time.monotonic()
         sampling_seconds: list[float] = []
-        measured = measure(self._space, self._batches(ema, sampling_seconds, check), keep=False)
+        measured = measure(self._space, self._batches(ema, sampling_seconds, moment.check), keep=False)
         distance = frechet_distance(*measured.moments.finalise(), *self._reference.pool)
         if not self._distances:
             for words in few_images_warnings(self.name, measured.moments, self._reference.pool, self._reference.count):
@@ -137,15 +131,16 @@ class Monitor:
             check()
             began = time.monotonic()
             part = slice(start, start + _BATCH_SIZE)
-            images_BHWC = self._generate(ema, self._seed, self._label_N[part], index_N[part])
+            images_BHWC = self._generate(ema, self.run.config.seed, self._label_N[part], index_N[part])
             seconds.append(time.monotonic() - began)
             yield images_BHWC
 
-    def _shape_of_samples(self, config: Config, factor: int) -> tuple[int, int, int, int]:
+    def _shape_of_samples(self) -> tuple[int, int, int, int]:
+        config, factor = self.run.config, self.run.codec.get("factor") or 1
         m = config.model
         side, channels = m.image_size * factor, 3 if config.codec.name == "latents" else m.channels
         if channels not in (1, 3):
-            raise ConfigError(f"eval.every is {self._eval.every}, but images of {channels} channels are not compared")
+            raise ConfigError(f"eval.every is {config.eval.every}, but images of {channels} channels are not compared")
         return len(self._label_N), side, side, channels
 
     def _read(self) -> dict[str, float]:
@@ -174,3 +169,31 @@ class Monitor:
             "reference": self._reference.record["path"],
         }
         write_json(self._path, content)
+
+
+class EarlierBest(Evaluator):
+    """Measures nothing, and keeps the checkpoint that WORKDIR/best.json names.
+
+    Raises (when made): CheckpointError if that file cannot be read.
+    """
+
+    name = "distance"
+
+    def __init__(self, run: Run, start: int) -> None:
+        super().__init__(run, start)
+        self._best = recorded_best(run.workdir)
+
+    @property
+    def best(self) -> int | None:
+        """The step that the file names."""
+        return self._best
+
+    def due(self, step: int) -> bool:
+        """Never."""
+        del step
+        return False
+
+    def measure(self, state: State, moment: Moment) -> dict[str, float]:
+        """Nothing."""
+        del state, moment
+        return {}

@@ -92,7 +92,7 @@ class _DamagedError(CheckpointError):
 class Checkpointer:
     """The checkpoints of one run. All processes make the same calls.
 
-    Kept are the newest `keep_last`, the steps that are multiples of `keep_every` (0: none), and that of `pin`.
+    Kept are the newest `keep_last`, the steps that are multiples of `keep_every` (0: none), and those of `pin`.
     Opening one removes what unfinished saves have left: anything that looks at the directory while
     the run may be writing to it passes `read_only`.
     """
@@ -107,7 +107,7 @@ class Checkpointer:
     ) -> None:
         self.directory = epath.Path(directory).absolute()
         self._read_only = read_only
-        self._pinned: int | None = None
+        self._pinned: set[int | None] = set()
         keep = [ocp.checkpoint_managers.LatestN(keep_last), _Pinned(lambda: self._pinned)]
         if keep_every:
             keep.append(ocp.checkpoint_managers.EveryNSteps(keep_every))
@@ -129,12 +129,12 @@ class Checkpointer:
         """The steps that have a checkpoint, in order, the one that is being written included."""
         return sorted(self._manager.all_steps())
 
-    def pin(self, step: int | None) -> None:
-        """Keeps the checkpoint of `step`, which may be saved after this, and no longer that of an earlier call.
+    def pin(self, *steps: int | None) -> None:
+        """Keeps the checkpoints of `steps`, which may be saved after this, and no longer those of an earlier call.
 
-        What is kept is decided when a step is saved.
+        What is kept is decided when a step is saved. None stands for no step.
         """
-        self._pinned = step
+        self._pinned = set(steps)
 
     def save(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         """Starts to save `state` with the record `meta`; the state may be donated on return.
@@ -303,15 +303,15 @@ class Checkpointer:
 
 
 class _Pinned(ocp.checkpoint_managers.PreservationPolicy):
-    """Keeps the one step that a function returns."""
+    """Keeps the steps that a function returns."""
 
-    def __init__(self, pinned: Callable[[], int | None]) -> None:
+    def __init__(self, pinned: Callable[[], set[int | None]]) -> None:
         self._pinned = pinned
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Which of the checkpoints to keep."""
         del context
-        return [checkpoint.step == self._pinned() for checkpoint in checkpoints]
+        return [checkpoint.step in self._pinned() for checkpoint in checkpoints]
 
 
 def _items(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -360,6 +360,14 @@ class TestWriting:
         checkpoints.close()
         assert Checkpointer(tmp_path).all_steps() == [6]
 
+    def test_several_steps_are_pinned_at_once(self, tmp_path):
+        checkpoints = Checkpointer(tmp_path, keep_last=1)
+        for step in range(1, 5):
+            checkpoints.pin(1, 2, None)
+            checkpoints.save(step, make_state(), META)
+        checkpoints.close()
+        assert Checkpointer(tmp_path).all_steps() == [1, 2, 4]
+
     def test_saving_a_step_twice_is_saving_it_once(self, directory):
         checkpoints = Checkpointer(directory, keep_last=3)
         checkpoints.save(3, make_state(30), META)
