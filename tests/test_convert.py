@@ -260,6 +260,7 @@ def test_a_full_disk_leaves_no_half_imported_run(tmp_path):
 
 @pytest.mark.parametrize(("weights", "keys"), [("ema", ["ema"]), ("params", ["model"]), (None, ["model", "ema"])])
 def test_each_choice_of_weights_can_be_read_again(tmp_path, weights, keys):
+@pytest.mark.slow
     config = tiny_config("maskdit")
     run, state = make_run(tmp_path / "run", config)
     export(MASKDIT, run, tmp_path / "a.pt", weights)

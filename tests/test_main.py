@@ -60,7 +60,7 @@ def test_a_run_leaves_what_the_readme_says(finished):
     assert [row["step"] for row in table] == [1, *range(5, 61, 5)]
     assert {"train/loss", "train/denoising", "train/discrimination/cls", "train/discrimination/patch", "images_seen",
             "teacher/cls/entropy", "teacher/patch/mean_entropy", "teacher/cls/agreement", "teacher/cls/center_norm",
-            "grad_norm/encoder", "grad_norm/decoder", "grad_norm/head"} <= table[0].keys()  # fmt: skip
+            "grad_norm/encoder", "grad_norm/decoder", "grad_norm/discrimination"} <= table[0].keys()  # fmt: skip
     assert "teacher/cls/information" in table[4]
     assert sorted(int(path.name) for path in (finished / "checkpoints").iterdir() if path.name.isdigit()) == [
         40,
@@ -203,7 +203,7 @@ def test_sample_by_a_weaker_run(command, finished, tmp_path):
 
 
 def test_wrong_arguments_are_explained(command, finished, tmp_path):
-    """The errors of config.py itself are tested without a process."""
+    """The errors of config/border.py itself are tested without a process."""
     workdir = f"--workdir={tmp_path}/new"
     (tmp_path / "empty").mkdir()
     assert_user_error(command("main"), "--config", "--workdir")

@@ -6,7 +6,11 @@ from sddit_jax.evaluation.distance import Distance
 from sddit_jax.evaluation.protocol import Evaluator, Run
 
 # Adding an evaluator is one class and one row. Those of one step measure in this order.
-EVALUATORS: tuple[type[Evaluator], ...] = (Diagnosis, Distance, Digits)
+EVALUATORS: tuple[type[Evaluator], ...] = (
+    Diagnosis,
+    Distance,
+    Digits,
+)
 
 
 def make_evaluators(run: Run, start: int) -> list[Evaluator]:

@@ -477,6 +477,7 @@ def test_latents_are_in_a_folder(spec):
 
 
 @pytest.mark.parametrize(("image_size", "channels"), [(0, 3), (8, 2)])
-def test_impossible_shapes_are_refused(image_size, channels):
+def test_impossible_shapes_are_refused(tmp_path, image_size, channels):
+    Image.new("L", (8, 8)).save(tmp_path / "image.png")
     with pytest.raises(DataError, match="expected a positive size"):
-        open_source("digits", split="train", image_size=image_size, channels=channels)
+        open_source(f"folder:{tmp_path}", split="train", image_size=image_size, channels=channels)

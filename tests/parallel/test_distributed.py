@@ -150,6 +150,7 @@ def together(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def alone(tmp_path_factory) -> Path:
+@pytest.mark.slow
     """The workdir of the same run of one process."""
     workdir = tmp_path_factory.mktemp("alone")
     done = one(*TRAIN, f"--workdir={workdir}", *FSDP)
@@ -270,7 +271,7 @@ def main(workdir, output):
     process_flags.start_processes()
     mesh = make_mesh(ParallelConfig(tensor=8))
     _, state, _ = restore_run(Path(workdir), mesh)
-    kernel = state["params"]["encoder"]["stack"]["blocks"]["mlp"]["hidden"]["kernel"]
+    kernel = state["params"]["network"]["encoder"]["stack"]["blocks"]["mlp"]["hidden"]["kernel"]
     values = multihost_utils.process_allgather(kernel, tiled=True)
     found = {
         "digests": digest(state),
@@ -284,11 +285,12 @@ cli.run(main, words=2)
 """
 
 
+@pytest.mark.slow
 def test_what_one_process_saved_two_restore_and_their_tensors_span_them(alone, tmp_path):
     done = two(sys.executable, "-c", RESTORE, str(alone), str(tmp_path))
     assert done.returncode == 0, done.stdout
     found = [json.loads((tmp_path / str(index)).read_text()) for index in range(2)]
-    kernel = host_state(alone)["params/encoder/stack/blocks/mlp/hidden/kernel"]
+    kernel = host_state(alone)["params/network/encoder/stack/blocks/mlp/hidden/kernel"]
     for each in found:
         assert each["processes_of_an_axis"] == [0] * 4 + [1] * 4
         assert each["here"] == kernel.size // 2

@@ -320,7 +320,7 @@ def test_a_run_that_does_not_fit_its_devices_is_not_begun(tmp_path, changes, mes
 
 @pytest.mark.parametrize("layout", MESHES)
 def test_local_rows_are_the_rows_of_this_process_devices_each_once(layout):
-    mesh = mesh_of(tiny_parts("dit", MESHES[layout]).config.parallel)
+    mesh = mesh_of(smallest_config("dit", MESHES[layout]).parallel)
     rows = local_rows(mesh, 24)
     np.testing.assert_array_equal(rows, np.arange(24))  # one process owns all
     batch = put_batch(mesh, {"label": rows})["label"]
