@@ -260,7 +260,6 @@ def test_a_full_disk_leaves_no_half_imported_run(tmp_path):
 
 @pytest.mark.parametrize(("weights", "keys"), [("ema", ["ema"]), ("params", ["model"]), (None, ["model", "ema"])])
 def test_each_choice_of_weights_can_be_read_again(tmp_path, weights, keys):
-@pytest.mark.slow
     config = tiny_config("maskdit")
     run, state = make_run(tmp_path / "run", config)
     export(MASKDIT, run, tmp_path / "a.pt", weights)
@@ -270,6 +269,7 @@ def test_each_choice_of_weights_can_be_read_again(tmp_path, weights, keys):
     assert_same(read_run(tmp_path / "new")[1], {"params": expected[keys[0]], "ema": expected[keys[-1]]})
 
 
+@pytest.mark.slow
 def test_what_a_public_code_would_compute_otherwise_is_said(tmp_path, caplog):
     changes = {f"model.{key}": value for key, value in parse_size("S/8").items()} | {"codec.name": "latents"}
     for heads, sigma_data, scale in ((12, 1.0, 0.5), (6, 0.5, 0.18215)):

@@ -81,7 +81,6 @@ def config_of(latents):
 
 
 def test_photographs_become_samples(command, latents, vae, tmp_path):
-@pytest.mark.slow
     workdir, classes = tmp_path / "run", json.loads((latents / "latents.json").read_text())["class_names"]
     flags = [f"--config.model.num_classes={len(classes)}", f"--config.codec.autoencoder={vae}"]
     # Large enough for a step to take its time, beside which the wait for a batch is nothing.
@@ -110,6 +109,7 @@ def test_photographs_become_samples(command, latents, vae, tmp_path):
     assert np.abs(images.astype(int) - expected).max() <= 1
 
 
+@pytest.mark.slow
 def test_imagenet_of_tfds_becomes_samples(command, vae, tmp_path):
     """Prepared in this process, where the dataset is mocked; the rest by commands."""
     output, workdir = tmp_path / "latents", tmp_path / "run"
@@ -130,7 +130,6 @@ def test_imagenet_of_tfds_becomes_samples(command, vae, tmp_path):
 
 
 def test_a_tiny_autoencoder_decodes_what_diffusion_sees(tmp_path):
-@pytest.mark.slow
     tiny = make_tiny()
     tiny.save_pretrained(tmp_path / "taesd")
     codec = {"name": "latents", "channels": 4, "weights": "of another encoder", "mean": [0.1], "scale": [0.5]}
@@ -144,6 +143,7 @@ def test_a_tiny_autoencoder_decodes_what_diffusion_sees(tmp_path):
         load_decode(str(tmp_path / "taesd"), codec | {"channels": 16}, make_mesh(ParallelConfig()))
 
 
+@pytest.mark.slow
 def test_a_run_on_latents_is_continued_bit_for_bit(command, latents, tmp_path):
     classes = json.loads((latents / "latents.json").read_text())["class_names"]
     flags = (config_of(latents), f"--config.model.num_classes={len(classes)}")

@@ -150,7 +150,6 @@ def together(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def alone(tmp_path_factory) -> Path:
-@pytest.mark.slow
     """The workdir of the same run of one process."""
     workdir = tmp_path_factory.mktemp("alone")
     done = one(*TRAIN, f"--workdir={workdir}", *FSDP)
@@ -158,6 +157,7 @@ def alone(tmp_path_factory) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(together, alone):
     assert_same_up_to_rounding(together, alone)
     assert "eval/class_consistency" in rows(together)[-1]
@@ -285,6 +285,7 @@ cli.run(main, words=2)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_what_one_process_saved_two_restore_and_their_tensors_span_them(alone, tmp_path):
     done = two(sys.executable, "-c", RESTORE, str(alone), str(tmp_path))
