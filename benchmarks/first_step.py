@@ -22,6 +22,8 @@ from sddit_jax import cli
 from sddit_jax.config.parts import make_parts
 from sddit_jax.method.train_step import make_train_step
 from sddit_jax.parallel import cpu
+from sddit_jax.parallel.hooks import make_hooks
+from sddit_jax.parallel.sharding import make_mesh
 
 MODELS = flags.DEFINE_list("models", ["digits", "XL/2"], "digits, or sizes of latents of 256 pixels.")
 METHODS = flags.DEFINE_list("methods", ["dit", "maskdit", "sd_dit"], "Methods.")
@@ -31,7 +33,7 @@ CHILD = flags.DEFINE_bool("child", False, "Measure here, and print the seconds; 
 def measure(model: str, method: str) -> dict[str, float]:
     """Seconds of each part."""
     config = models.configuration(model, method)
-    parts = make_parts(config)
+    parts = make_parts(config, make_hooks(make_mesh(config.parallel, jax.devices()[:1]), config.model))
     batch = models.random_batch(config)
     began = time.monotonic()
     make_state = jax.jit(parts.init_state, compiler_options=cpu.init_compiler_options())

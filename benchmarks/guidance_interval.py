@@ -20,6 +20,8 @@ from sddit_jax.config import schema
 from sddit_jax.config.border import resolve
 from sddit_jax.config.parts import make_parts
 from sddit_jax.errors import UserError
+from sddit_jax.parallel.hooks import make_hooks
+from sddit_jax.parallel.sharding import make_mesh
 from sddit_jax.sampling.sampler import make_sample, schedule
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config, as for main.", lock_config=True)
@@ -33,7 +35,8 @@ def main() -> None:
     if CONFIG.value is None:
         raise UserError("--config=FILE is needed, as in --config=configs/digits.py")
     config = resolve(CONFIG.value)
-    parts = make_parts(config)
+    mesh = make_mesh(schema.ParallelConfig(), jax.devices()[:1])
+    parts = make_parts(config, make_hooks(mesh, config.model, whole=True))
     plain = dataclasses.replace(config.sampling, solver=SOLVER.value, steps=STEPS.value, guidance=1.0)
     levels = schedule(parts.diffusion, plain)
     third = STEPS.value // 3

@@ -20,6 +20,7 @@ from sddit_jax.config.schema import ParallelConfig
 from sddit_jax.errors import UserError
 from sddit_jax.generation.drawing import make_generate
 from sddit_jax.parallel import sharding
+from sddit_jax.parallel.hooks import make_hooks
 from sddit_jax.runs.folder import open_checkpoints
 from sddit_jax.sampling.labels import balanced_labels
 from sddit_jax.sampling.sampler import make_sample
@@ -32,8 +33,8 @@ DEVICES = flags.DEFINE_integer("devices", 8, "Devices, on CPUs.", lower_bound=1)
 def draw(ema: dict, settings: dict, dtype: str, devices: int, batch_size: int) -> np.ndarray:
     """The images, int32."""
     config = resolve({**settings, "model": {**settings["model"], "dtype": dtype}})
-    parts = make_parts(config)
     mesh = sharding.make_mesh(ParallelConfig(), jax.devices()[:devices])
+    parts = make_parts(config, make_hooks(mesh, config.model, whole=True, trained=True))
     sample = make_sample(parts.network, parts.diffusion, parts.codec, config.sampling)
     params = jax.device_put(ema["default"], sharding.replicated(mesh))
     labels = balanced_labels(NUM_SAMPLES.value, config.model.num_classes)

@@ -117,7 +117,7 @@ def main() -> None:
     # Weights are split over all devices, and gathered block by block.
     mesh = sharding.make_mesh(ParallelConfig(data=1, fsdp=-1))
     config, encoders, meta = load_encoders(workdir, mesh, ENCODERS.value, STEP.value)
-    parts = make_parts(config, make_hooks(mesh, config.model))
+    parts = make_parts(config, make_hooks(mesh, config.model, trained=True))
     sigmas = parse_sigmas(SIGMAS.value, parts.diffusion.sigma_min, parts.diffusion.sigma_max)
     blocks = parse_blocks(BLOCKS.value, config.model.depth)
     decode = load_decode(config.codec.autoencoder if VAE.value is None else VAE.value, meta["codec"], mesh)

@@ -95,7 +95,7 @@ def main() -> None:
     ema, meta = open_checkpoints(Path(WORKDIR.value).expanduser()).restore_ema(step=STEP.value)
     config = resolve({**meta["config"], "sampling": {**meta["config"]["sampling"], **settings()}}, bool(GUIDE.value))
     mesh = sharding.make_mesh(ParallelConfig())
-    parts = make_parts(config, make_hooks(mesh, config.model, whole=True))
+    parts = make_parts(config, make_hooks(mesh, config.model, whole=True, trained=True))
     params, guide, guide_record = ema["default"], None, None
     if GUIDE.value:
         if config.sampling.guidance == 1:
@@ -148,7 +148,7 @@ def main() -> None:
 
 
 def _indices() -> range:
-    """Of the images."""
+    """The indices of the images that are asked for."""
     indices = range(FIRST.value, FIRST.value + NUM_SAMPLES.value)
     # A batch may end behind the last image.
     last = 2**31 - BATCH_SIZE.value
@@ -187,7 +187,7 @@ def _environment(model: ModelConfig) -> str:
     """What samples are computed on: versions, devices, and the kernel of attention."""
     device = jax.devices()[0]
     words = [f"{name} {version}" for name, version in versions().items()]
-    kernel = f"attention {attention_kernel(model, device)}"
+    kernel = f"attention {attention_kernel(model, device, trained=True)}"
     return ", ".join([*words, f"{jax.device_count()} x {device.device_kind}", kernel])
 
 

@@ -299,7 +299,8 @@ def _full_disk_explained(workdir: Path) -> Iterator[None]:
 
 
 def _print_plan(run: Run, state: State, start: int) -> None:
-    counts = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in state["params"].items()}
+    trees = state["params"]["network"] | {name: tree for name, tree in state["params"].items() if name != "network"}
+    counts = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in trees.items()}
     sizes = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     config, m = run.config, run.config.model
     log.info("model: %s parameters (%s)", f"{sum(counts.values()):,}", sizes)

@@ -52,7 +52,7 @@ def make_run(workdir, config, step=7):
 
 
 def read_run(workdir):
-    """The configuration and {"params", "ema"} of a run."""
+    """The configuration of a run, {"params", "ema"} of its network, and all its parameters."""
     config = read_config(workdir)
     abstract = jax.eval_shape(make_parts(config).init_state, jax.random.key(0))
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -60,7 +60,7 @@ def read_run(workdir):
     state, meta = Checkpointer(workdir / "checkpoints", read_only=True).restore(abstract)
     assert meta["imported"]["sha256"]
     assert int(state["step"]) == 0
-    return config, {"params": state["params"]["network"], "ema": state["ema"]["default"]}
+    return config, {"params": state["params"]["network"], "ema": state["ema"]["default"]}, state["params"]
 
 
 def assert_same(a, b):
@@ -82,7 +82,7 @@ def test_to_torch_and_back_is_the_same_bits(tmp_path, method, weights):
     run, state = make_run(tmp_path / "run", config)
     export(OWN, run, tmp_path / "model.safetensors", weights)
     import_(OWN, tmp_path / "model.safetensors", tmp_path / "new")
-    config_after, trees = read_run(tmp_path / "new")
+    config_after, trees, _ = read_run(tmp_path / "new")
     assert not config_after.ema.warmup
     assert dataclasses.replace(config_after, ema=config.ema) == config
     expected = state["params"]["network"] if weights == "params" else state["ema"]["default"]
@@ -154,7 +154,7 @@ def test_one_set_of_weights_serves_for_both(tmp_path, group):
     import_(MASKDIT, file, tmp_path / "a", config)
     torch.save(content[group], file)
     import_(MASKDIT, file, tmp_path / "b", config)
-    (_, a), (_, b) = read_run(tmp_path / "a"), read_run(tmp_path / "b")
+    (_, a, _), (_, b, _) = read_run(tmp_path / "a"), read_run(tmp_path / "b")
     assert_same(a, b)
     assert_same(a["params"], a["ema"])
 
@@ -180,9 +180,10 @@ def test_partial_loads_what_fits_and_starts_the_rest_afresh(tmp_path, caplog):
     _, file, state, _ = maskdit_file(tmp_path)
     target = tiny_config("sd_dit")
     import_(MASKDIT, file, tmp_path / "new", config_dict(target), partial=True)
-    _, trees = read_run(tmp_path / "new")
+    _, trees, params = read_run(tmp_path / "new")
     fresh = jax.jit(make_parts(target).init_params)(jax.random.key(0))
     network, theirs = trees["params"], state["params"]["network"]
+    assert_same(params["discrimination"], fresh["discrimination"])
     assert_same(network["encoder"]["cls"], fresh["network"]["encoder"]["cls"])
     assert_same(network["encoder"]["stack"], theirs["encoder"]["stack"])
     assert_same(trees["ema"]["decoder"]["final"], state["ema"]["default"]["decoder"]["final"])

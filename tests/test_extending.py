@@ -84,7 +84,7 @@ def test_all_of_them_at_work(extended):
     np.savez(folder / "digits.npz", arr_0=images, arr_1=digits.target)
     command(
         "main", f"--config={ROOT}/tests/configs/tiny.py", "--workdir=run",
-        "--config.data.source=npz:digits.npz", "--config.sampling.solver=midpoint", "--config.diffusion.name=flow",
+        "--config.data.source=pairs:digits.npz", "--config.sampling.solver=midpoint", "--config.diffusion.name=flow",
         "--config.objectives.clean_patches.weight=0.5", "--config.objectives.clean_patches.block=1",
     )  # fmt: skip
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -94,9 +94,7 @@ def test_all_of_them_at_work(extended):
     command("sample", "--workdir=run", "--output=out", "--num_samples=64", "--solver=midpoint")
     record = json.loads((folder / "out" / "samples.json").read_text())
     assert record["sampler"]["name"] == "midpoint"
-    command(
-        "evaluate", "--source=npz:digits.npz", "--resolution=8", "--features=histogram", "--write_reference=ref.npz"
-    )
+    command("evaluate", "--source=digits", "--features=histogram", "--write_reference=ref.npz")
     command("evaluate", "--samples=out/samples.npz", "--reference=ref.npz", "--features=histogram")
     results = json.loads((folder / "out" / "samples.evaluation.json").read_text())["results"]
     assert {"fd_histogram", "energy"} <= results.keys()

@@ -80,7 +80,7 @@ def identity_differences(saved: Config, current: Config) -> list[str]:
 
 
 def _upgraded(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config of a run of format 2 as it is written today: EDM's keys lay in `diffusion` itself."""
+    """The config of a run of format 2 with the keys of format 3: in format 2 EDM's lie in `diffusion` itself."""
     diffusion = values.get("diffusion")
     if not isinstance(diffusion, Mapping) or "sigma_data" not in diffusion:
         return values
@@ -89,13 +89,13 @@ def _upgraded(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _build(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
-    hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    hints = {key: hint for key, hint in typing.get_type_hints(kind).items() if key in fields}
     for key in values:
         if key not in hints:
             close = difflib.get_close_matches(key, hints, n=1)
             hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(hints)}"
             raise ConfigError(f"unknown config key {prefix}{key}: {hint}")
-    fields = {field.name: field for field in dataclasses.fields(kind)}
     arguments = {}
     for key, value in values.items():
         hint = hints[key]

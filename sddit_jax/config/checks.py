@@ -47,15 +47,24 @@ def _check_objectives(config: Config) -> None:
             f"masking.ratio is {masking.ratio}, but model.decoder_depth is 0, so nothing predicts the invisible "
             "tokens: set masking.ratio to 0"
         )
-    if objectives.reconstruction.active and masking.ratio == 0:
+    reconstruction = objectives.reconstruction
+    if reconstruction.active and masking.ratio == 0:
+        key = "weight" if reconstruction.weight else "final_weight"
         raise ConfigError(
-            f"objectives.reconstruction.weight is {objectives.reconstruction.weight}, but there are no invisible "
-            "tokens to reconstruct: masking.ratio is 0"
+            f"objectives.reconstruction.{key} is {getattr(reconstruction, key)}, but there are no invisible tokens to "
+            "reconstruct: masking.ratio is 0"
         )
-    if objectives.reconstruction.active and model.patch**2 * model.channels == 1:
+    if reconstruction.active and model.patch**2 * model.channels == 1:
         raise ConfigError(
             "objectives.reconstruction needs patches of more than one value: their variance normalises them"
         )
+    for kind in OBJECTIVES:
+        section = getattr(objectives, kind.name)
+        if section.weight_schedule != "constant" and section.weight_steps[1] <= section.weight_steps[0]:
+            raise ConfigError(
+                f"objectives.{kind.name}.weight_steps is {section.weight_steps}, but its last must be above its first: "
+                f"weight_schedule is {section.weight_schedule!r}"
+            )
     if not any(getattr(objectives, kind.name).active for kind in OBJECTIVES):
         raise ConfigError("all weights in objectives are 0, so there is nothing to train")
 

@@ -41,7 +41,7 @@ class Run:
 
 
 def _nothing() -> None:
-    """Asks nobody."""
+    """The check of a measurement that nobody can stop."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -103,7 +103,7 @@ class LabelledImages:
     stream: int
 
     def keep(self, rows: np.ndarray | slice) -> "LabelledImages":
-        """Some of them."""
+        """The images of some rows."""
         batch = {name: x[rows] for name, x in self.batch.items()}
         return LabelledImages(batch, self.label_n[rows], self.index_n[rows], self.stream)
 

@@ -142,7 +142,7 @@ def _differences(layout: Layout, network: Network, config: Config) -> list[str]:
         return [str(error)]
     computed = ("model.heads", "model.decoder_heads", "diffusion.", "codec.")
     lines = border.identity_differences(config, theirs)
-    return [line for line in lines if line.startswith(computed) and not line.startswith("diffusion.log_sigma")]
+    return [line for line in lines if line.startswith(computed) and not line.startswith("diffusion.edm.log_sigma")]
 
 
 def _read_weights(workdir: Path, weights: str, step: int | None) -> tuple[Config, dict[str, Any], dict[str, Any]]:

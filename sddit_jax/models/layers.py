@@ -85,7 +85,7 @@ class TimeEmbedding(nn.Module):
 
 
 class LabelEmbedding(nn.Module):
-    """Class labels [B] -> [B, width]. The label `num_classes` is the null label, and is defined only here.
+    """Class labels [B] -> [B, width]. `num_classes` is the null label; see `Network.null_label`.
 
     null "zero": it has no parameters and embeds to zeros (MaskDiT); "row": it is a learnt row (DiT).
     """

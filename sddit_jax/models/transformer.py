@@ -33,7 +33,7 @@ from sddit_jax.settings import setting
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The network. `config.sizes.decode` names the published sizes; any other numbers are as good."""
+    """The network. `config.sizes.parse_size` names the published sizes; any other numbers are as good."""
 
     image_size: int = setting(32, "I", "height and width of what the network sees (latents of 256 px: 32)", least=1)
     channels: int = setting(4, "I", "channels of what the network sees", least=1)

@@ -9,23 +9,24 @@ from sddit_jax.models.layers import Hooks
 from sddit_jax.models.transformer import ModelConfig
 from sddit_jax.parallel.sharding import make_constrain
 
-KERNELS = {"products": product_attention, "cudnn": cudnn_attention}
 
-
-def make_hooks(mesh: Mesh, model: ModelConfig, *, whole: bool = False) -> Hooks:
+def make_hooks(mesh: Mesh, model: ModelConfig, *, whole: bool = False, trained: bool = False) -> Hooks:
     """The hooks of a network that is computed on a mesh. Raises ConfigError for a kernel that the devices lack.
 
-    whole: all parameters lie on every device, as for sampling, so that nothing has to be gathered.
+    whole: all parameters lie on every device, as for sampling, so that nothing has to be gathered. trained: see
+    `attention_kernel`.
     """
-    kernel = KERNELS[attention_kernel(model, mesh.devices.flat[0])]
-    return Hooks(attend=kernel) if whole else Hooks(make_constrain(mesh), kernel)
+    kernel = attention_kernel(model, mesh.devices.flat[0], trained=trained)
+    attend = {"products": product_attention, "cudnn": _cudnn_where_it_fits}[kernel]
+    return Hooks(attend=attend) if whole else Hooks(make_constrain(mesh), attend)
 
 
-def attention_kernel(model: ModelConfig, device: jax.Device) -> str:
+def attention_kernel(model: ModelConfig, device: jax.Device, *, trained: bool = False) -> str:
     """What `model.attention` means on a device: 'products' or 'cudnn'.
 
-    'auto' is cudnn where it can be: on NVIDIA's GPUs since Ampere, in bfloat16, for heads of multiples of 8 channels up
-    to 128. Raises ConfigError where cudnn is asked for and cannot be.
+    'auto' is cudnn where it can be: on NVIDIA's GPUs since Ampere, in bfloat16, in a stack whose heads have a multiple
+    of 8 channels up to 128. Raises ConfigError where cudnn is asked for and cannot be, unless the network is `trained`:
+    then it may be used on any device.
     """
     if model.attention == "products":
         return "products"
@@ -36,11 +37,21 @@ def attention_kernel(model: ModelConfig, device: jax.Device) -> str:
         lacks = f"{device.device_kind} has no such kernel: an NVIDIA GPU since Ampere has"
     elif model.dtype != "bfloat16":
         lacks = f"model.dtype is {model.dtype}: it computes in bfloat16"
-    elif any(c % 8 or c > 128 for c in channels):
+    elif not any(map(_fits, channels)):
         lacks = f"heads have {' and '.join(map(str, channels))} channels: it takes multiples of 8 up to 128"
-    if model.attention == "cudnn" and lacks:
+    if model.attention == "cudnn" and lacks and not trained:
         raise ConfigError(f"model.attention is 'cudnn', but {lacks}; set model.attention=products")
     return "products" if lacks else "cudnn"
+
+
+def _fits(channels: int) -> bool:
+    """Whether cuDNN's kernel takes heads of so many channels."""
+    return channels % 8 == 0 and channels <= 128
+
+
+def _cudnn_where_it_fits(q_BHNC: jax.Array, k_BHNC: jax.Array, v_BHNC: jax.Array) -> jax.Array:
+    """Attention by cuDNN's kernel, or by products in a stack whose heads it does not take."""
+    return (cudnn_attention if _fits(q_BHNC.shape[-1]) else product_attention)(q_BHNC, k_BHNC, v_BHNC)
 
 
 def has_cudnn_attention(device: jax.Device) -> bool:

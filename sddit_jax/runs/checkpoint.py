@@ -28,12 +28,14 @@ from jax.experimental import multihost_utils
 from sddit_jax.errors import CheckpointError
 from sddit_jax.files import sha256_of, write_whole
 from sddit_jax.parallel.sharding import path_name
-from sddit_jax.runs.formats import FORMAT_VERSION, READABLE, as_format_2, from_format_2
+from sddit_jax.runs.formats import FORMAT_VERSION, READABLE, as_format_2, from_format_2, path_from_format_2
 from sddit_jax.runs.versions import changed_versions, versions
 
 log = logging.getLogger("sddit_jax")
 
 MANIFEST = "MANIFEST.sha256"
+# What a record has of each leaf, by its path.
+_BY_PATH = ("shapes", "digests")
 # Orbax writes these two while it commits, when the manifest is already written.
 _COMMIT_FILES = {"_CHECKPOINT_METADATA", "commit_success.txt"}
 
@@ -249,9 +251,7 @@ class Checkpointer:
         items = set(_items(abstract))
         self._check_files(step, items)
         meta = self.read_meta(step)
-        shapes, digests = (
-            {path: x for path, x in meta[key].items() if _item(path) in items} for key in ("shapes", "digests")
-        )
+        shapes, digests = ({path: x for path, x in meta[key].items() if _item(path) in items} for key in _BY_PATH)
         stored = _as_stored(abstract, shapes, meta["format_version"])
         if other := _difference(shapes, _shapes(stored)):
             raise CheckpointError(f"{self._path(step)} is of another model: {other}")
@@ -261,7 +261,11 @@ class Checkpointer:
         state = jax.tree.unflatten(jax.tree.structure(stored), jax.tree.leaves(state))
         if changed := _difference(digests, digest(state)):
             raise _DamagedError(f"{self._path(step)}: {changed}")
-        return from_format_2(state, abstract) if meta["format_version"] == 2 else state, meta
+        if meta["format_version"] == 2:
+            state = from_format_2(state, abstract)
+            moved = {key: {path_from_format_2(path): x for path, x in meta[key].items()} for key in _BY_PATH}
+            meta = {**meta, **moved}
+        return state, meta
 
     def _check_files(self, step: int, items: set[str]) -> None:
         fault = _fault(self._path(step), items) if jax.process_index() == 0 else ""

@@ -71,7 +71,7 @@ def restore_guide(
     guide = border.resolve(meta["config"])
     check_guide(config, guide)
     check_codec(f"the guide {workdir}", meta["codec"], "what the network that it is to guide learnt", codec)
-    return make_network(guide, make_hooks(mesh, guide.model, whole=True)), ema["default"], meta
+    return make_network(guide, make_hooks(mesh, guide.model, whole=True, trained=True)), ema["default"], meta
 
 
 def weights_record(workdir: str, meta: Mapping[str, Any], paths: tuple[str, ...]) -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""Checkpoints of earlier formats: how their states were laid out, and how they become states of today.
+"""Checkpoints of format 2: how their states are laid out, and how they become states of format 3.
 
-Format 2: parameters, and all that is laid out like them, were {encoder, decoder, head}, the head that of the
-discrimination, and the sampling EMA had a head too. Today they are {network: {encoder, decoder}, discrimination: head},
-and the EMA is of the network alone.
+In format 2 parameters, and all that is laid out like them, are {encoder, decoder, head}, the head that of the
+discrimination, and the sampling EMA has a head too. In format 3 they are {network: {encoder, decoder}, discrimination:
+head}, and the EMA is of the network alone.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ READABLE = (2, 3)
 
 
 def as_format_2(state: Mapping[str, Any], ema_head: Any) -> dict[str, Any]:
-    """A state of today, or the `ema` of one, as format 2 laid it out. ema_head: the EMA's head, or empty."""
+    """A state of format 3, or the `ema` of one, in format 2. ema_head: the EMA's head, or empty."""
 
     def is_params(tree: Any) -> bool:
         return isinstance(tree, Mapping) and "network" in tree
@@ -37,7 +38,7 @@ def as_format_2(state: Mapping[str, Any], ema_head: Any) -> dict[str, Any]:
 
 
 def from_format_2(old: Mapping[str, Any], abstract: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `as_format_2`. abstract: the state of today that is wanted."""
+    """The inverse of `as_format_2`. abstract: the state of format 3 that is wanted."""
 
     def is_params(tree: Any) -> bool:
         return isinstance(tree, Mapping) and {"encoder", "decoder"} <= tree.keys()
@@ -54,6 +55,14 @@ def from_format_2(old: Mapping[str, Any], abstract: Mapping[str, Any]) -> dict[s
         own = {**state["aux"]["discrimination"], "teacher": {"head": old["ema"]["default"]["head"]}}
         state["aux"] = {**state["aux"], "discrimination": own}
     return state
+
+
+def path_from_format_2(path: str) -> str:
+    """The path of a leaf of format 2 in format 3; that of the EMA's head, which has none, stays."""
+    if path.startswith(("ema/", "aux/")):
+        return path
+    path = re.sub(r"(^|/)(encoder|decoder)/", r"\1network/\2/", path, count=1)
+    return re.sub(r"(^|/)head/", r"\1discrimination/", path, count=1)
 
 
 def _head_alone(state: Mapping[str, Any]) -> bool:

@@ -93,7 +93,9 @@ def make_sample(
     guide: Network | None = None,
     levels: int | None = None,
 ) -> Sample:
-    """A pure sample(params, seed, index_B, label_B) -> decoded [B, H, W, C]; seed, indices and labels are integers.
+    """A pure sample(params, seed, index_B, label_B) -> images [B, H, W, C] as the codec stores them.
+
+    seed, indices and labels are integers.
 
     With a `guide`, which takes the place of the null label, params are a pair: the network's and the guide's. Every
     solver ends on the denoised image at the last noise level. So with `levels`, the first of the noise levels that are

@@ -286,7 +286,6 @@ cli.run(main, words=2)
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_what_one_process_saved_two_restore_and_their_tensors_span_them(alone, tmp_path):
     done = two(sys.executable, "-c", RESTORE, str(alone), str(tmp_path))
     assert done.returncode == 0, done.stdout

@@ -4,6 +4,7 @@ import dataclasses
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from sddit_jax.config.schema import ParallelConfig
@@ -11,6 +12,7 @@ from sddit_jax.errors import ConfigError
 from sddit_jax.models.attention import product_attention
 from sddit_jax.models.layers import unconstrained
 from sddit_jax.models.transformer import ModelConfig
+from sddit_jax.parallel import hooks
 from sddit_jax.parallel.hooks import attention_kernel, has_cudnn_attention, make_hooks
 from sddit_jax.parallel.sharding import make_mesh
 
@@ -40,12 +42,13 @@ def test_where_cudnn_has_the_kernel(platform, version, capability, has):
     [
         ("bfloat16", 72 * 16, 8, "cudnn"),
         ("float32", 72 * 16, 8, "products"),
-        ("bfloat16", 36 * 16, 8, "products"),
-        ("bfloat16", 256 * 16, 8, "products"),
+        ("bfloat16", 36 * 16, 8, "cudnn"),  # of the decoder alone, whose heads have 32 channels
+        ("bfloat16", 36 * 16, 0, "products"),
+        ("bfloat16", 256 * 16, 0, "products"),
         ("bfloat16", 72 * 16, 0, "cudnn"),
     ],
 )
-def test_auto_is_the_kernel_where_all_heads_fit_it(dtype, width, decoder_depth, kernel):
+def test_auto_is_the_kernel_where_heads_fit_it(dtype, width, decoder_depth, kernel):
     model = ModelConfig(dtype=dtype, width=width, decoder_depth=decoder_depth)
     assert attention_kernel(model, HOPPER) == kernel
     assert attention_kernel(dataclasses.replace(model, attention="products"), HOPPER) == "products"
@@ -56,8 +59,19 @@ def test_auto_is_the_kernel_where_all_heads_fit_it(dtype, width, decoder_depth, 
 
 def test_a_cpu_computes_products_and_has_no_other_kernel():
     mesh = make_mesh(ParallelConfig(), jax.devices()[:1])
-    hooks = make_hooks(mesh, ModelConfig(dtype="bfloat16"))
-    assert hooks.attend is product_attention
-    assert hooks.constrain is unconstrained
+    made = make_hooks(mesh, ModelConfig(dtype="bfloat16"))
+    assert made.attend is product_attention
+    assert made.constrain is unconstrained
     with pytest.raises(ConfigError, match=r"'cudnn', but cpu has no such kernel.*set model.attention=products"):
         make_hooks(mesh, ModelConfig(attention="cudnn"))
+    assert make_hooks(mesh, ModelConfig(attention="cudnn"), trained=True).attend is product_attention
+
+
+@pytest.mark.parametrize(("channels", "kernel"), [(72, "cudnn"), (36, "products"), (256, "products")])
+def test_each_stack_is_computed_by_the_kernel_that_takes_its_heads(channels, kernel, monkeypatch):
+    called = []
+    for name in ("cudnn", "product"):
+        monkeypatch.setattr(hooks, f"{name}_attention", lambda q, k, v, name=name: called.append(name) or q)
+    operand = jnp.ones((1, 2, 3, channels), jnp.bfloat16)
+    hooks._cudnn_where_it_fits(operand, operand, operand)
+    assert called == [kernel.removesuffix("s")]

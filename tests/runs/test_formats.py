@@ -17,8 +17,9 @@ from tiny import assert_same_bits, noised_state, tiny_parts
 from sddit_jax.config.presets import METHODS
 from sddit_jax.interop.layouts import OWN
 from sddit_jax.interop.transfer import export
+from sddit_jax.parallel.sharding import path_name
 from sddit_jax.runs.checkpoint import Checkpointer
-from sddit_jax.runs.formats import FORMAT_VERSION, READABLE, as_format_2, from_format_2
+from sddit_jax.runs.formats import FORMAT_VERSION, READABLE, as_format_2, from_format_2, path_from_format_2
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data"
@@ -68,6 +69,25 @@ def test_it_is_sampled_to_the_grey_level(saved, tmp_path):
         assert np.abs(samples["arr_0"].squeeze(-1).astype(int) - expected["samples"]).max() <= 1
 
 
+def test_it_is_probed_and_its_digests_are_named(saved, tmp_path):
+    run, _ = saved
+    command("probe", f"--workdir={run}", "--weights=params,teacher", f"--output={tmp_path}", "--num_train=40",
+            "--num_test=20", "--sigmas=0.5")  # fmt: skip
+    digests = json.loads((tmp_path / "probe.json").read_text())["checkpoint_digests"]
+    assert {path.split("/")[0] for path in digests} == {"params", "aux"}
+
+
+@pytest.mark.slow
+def test_it_is_fine_tuned_and_guides(saved, tmp_path):
+    run, _ = saved
+    config = f"--config={ROOT}/configs/finetune.py:{run}"
+    command("main", config, f"--workdir={tmp_path}/tuned", "--config.steps=10")
+    command(
+        "sample", f"--workdir={tmp_path}/tuned", f"--guide={run}", "--guidance=2", f"--output={tmp_path}/out",
+        "--num_samples=4",
+    )  # fmt: skip
+
+
 def test_it_is_continued(saved):
     run, expected = saved
     command("main", f"--config={ROOT}/tests/configs/saved.py:{run}", f"--workdir={run}")
@@ -78,20 +98,27 @@ def test_it_is_continued(saved):
             np.testing.assert_allclose(rows[row["step"]][key], value, rtol=1e-4, err_msg=f"{key} of {row['step']}")
 
 
-TEACHERS = [(method, {}) for method in METHODS] + [("sd_dit", {"objectives.discrimination.teacher": "ema"})]
+VARIANTS = [(method, {}) for method in METHODS] + [("sd_dit", {"objectives.discrimination.teacher": "ema"})]
+VARIANTS += [("sd_dit", {"optimizer.name": name}) for name in ("muon", "lion", "sgd", "lamb")]
+VARIANTS += [("sd_dit", {"optimizer.clip_norm": 1.0})]
 
 
-@pytest.mark.parametrize(("method", "changes"), TEACHERS)
+@pytest.mark.parametrize(("method", "changes"), VARIANTS)
 def test_format_2_and_back(method, changes, tmp_path):
     parts = tiny_parts(method, changes)
     state = noised_state(parts)
     head = state["params"].get("discrimination", {})
-    if changes:
+    if "encoder" not in state["aux"].get("discrimination", {}).get("teacher", {"encoder": ()}):
         head = state["aux"]["discrimination"]["teacher"]["head"]
     old = as_format_2(state, head)
     modules = {"encoder", "decoder"} | ({"head"} if head else set())
     assert old["params"].keys() == old["ema"]["default"].keys() == modules
     assert_same_bits(from_format_2(old, state), state)
+    before, after = (
+        {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree) if path[0].key != "aux"}
+        for tree in (old, state)
+    )
+    assert {path_from_format_2(path) for path in before if not path.startswith("ema/default/head/")} == after
     assert jax.tree.structure(from_format_2(old, state)) == jax.tree.structure(state)
 
 

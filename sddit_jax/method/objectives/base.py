@@ -8,7 +8,6 @@ from typing import Any, ClassVar, NamedTuple
 import flax.struct
 import jax
 
-from sddit_jax.errors import ConfigError
 from sddit_jax.method import schedules
 from sddit_jax.method.diffusion import Diffusion
 from sddit_jax.models.masking import Mask
@@ -43,7 +42,7 @@ class Views(Drawn):
 class ObjectiveConfig:
     """What every objective's section has: its weight, which may change from a step to a step."""
 
-    weight: float = setting(0.0, "C", "weight in the total loss; 0, and not scheduled, leaves the term out", least=0)
+    weight: float = setting(0.0, "C", "weight in the total loss; always 0 leaves the term out", least=0)
     weight_schedule: str = setting(
         "constant",
         "C",
@@ -61,14 +60,6 @@ class ObjectiveConfig:
     def active(self) -> bool:
         """Whether the weight is above 0 at any step."""
         return self.weight > 0 or (self.weight_schedule != "constant" and self.final_weight > 0)
-
-    def check(self) -> None:
-        """Raises ConfigError for a change of the weight that ends before it begins."""
-        if self.weight_schedule != "constant" and self.weight_steps[1] <= self.weight_steps[0]:
-            raise ConfigError(
-                f"weight_schedule of an objective is {self.weight_schedule!r}, but the last of weight_steps "
-                f"{self.weight_steps} must be above the first"
-            )
 
 
 class Needs(NamedTuple):

@@ -30,7 +30,7 @@ VARIANCE_FLOOR = 1e-8
 class DiscriminationConfig(ObjectiveConfig):
     """Self-distillation between the student's and the teacher's tokens."""
 
-    weight: float = setting(0.1, "C", "weight in the total loss; 0 trains without teacher and head", least=0)
+    weight: float = setting(0.1, "C", "weight in the total loss; always 0 trains without teacher and head", least=0)
     prototypes: int = setting(8192, "I", "number of prototypes K", least=2)
     head_width: int = setting(2048, "I", "hidden width of the projection head", least=1)
     bottleneck: int = setting(256, "I", "width of the head's normalised output", least=1)

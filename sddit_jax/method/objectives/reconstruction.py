@@ -1,5 +1,6 @@
 """MaskDiT's auxiliary objective."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -8,10 +9,14 @@ from sddit_jax.method.losses import reconstruction_error
 from sddit_jax.method.objectives.base import Metrics, Objective, ObjectiveConfig, Views
 from sddit_jax.models.masking import take
 from sddit_jax.models.transformer import patchify
+from sddit_jax.settings import setting
 
 
+@dataclasses.dataclass(frozen=True)
 class ReconstructionConfig(ObjectiveConfig):
-    """MaskDiT's auxiliary loss: the invisible patches' noisy input, normalised per patch (MaskDiT's weight: 0.1)."""
+    """MaskDiT's auxiliary loss: the noisy input of the invisible patches, normalised per patch."""
+
+    weight: float = setting(0.0, "I", "weight in the total loss (MaskDiT: 0.1)", least=0)
 
 
 class Reconstruction(Objective):
