@@ -31,12 +31,16 @@ FSDP = {"parallel.data": 1, "parallel.fsdp": 8}
 @pytest.mark.parametrize(
     ("method", "changes"),
     [
-        ("sd_dit", FSDP),
-        ("sd_dit", {"parallel.data": 2, "parallel.fsdp": 4, "parallel.microbatches": 2} | CONDITION),
-        ("sd_dit", FSDP | {"model.scan": False, "model.remat": "full"}),
+        pytest.param("sd_dit", FSDP, marks=pytest.mark.slow),
+        pytest.param(
+            "sd_dit",
+            {"parallel.data": 2, "parallel.fsdp": 4, "parallel.microbatches": 2} | CONDITION,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("sd_dit", FSDP | {"model.scan": False, "model.remat": "full"}, marks=pytest.mark.slow),
         ("maskdit", FSDP | {"model.remat": "dots", "parallel.microbatches": 2}),
-        ("dit_decoder", {"parallel.data": 8}),
-        ("dit", FSDP),
+        pytest.param("dit_decoder", {"parallel.data": 8}, marks=pytest.mark.slow),
+        pytest.param("dit", FSDP, marks=pytest.mark.slow),
         ("sd_dit", {"parallel.data": 2, "parallel.fsdp": 2, "parallel.tensor": 2}),
     ],
 )

@@ -180,6 +180,7 @@ def flags_of(latents):
     return config_of(latents), f"--config.model.num_classes={len(classes)}"
 
 
+@pytest.mark.slow
 def test_latents_of_another_autoencoder_are_not_trained_on(command, latents, photographs, tmp_path):
     make_kl(block_out_channels=WIDTHS, seed=5).save_pretrained(tmp_path / "vae")
     command("prepare", f"--source=folder:{photographs}", f"--vae={tmp_path}/vae", "--resolution=64",

@@ -169,7 +169,12 @@ def step_in_both(method, changes):
 STEPS = [*((method, {}) for method in METHODS), ("sd_dit", CONDITION), ("maskdit", {"masking.fill": "zeros"})]
 
 
-@pytest.mark.parametrize(("method", "changes"), STEPS)
+def all_but(fast):
+    """STEPS, of which all but those of the `fast` methods as they are take long."""
+    return [pytest.param(*step, marks=() if step in [(m, {}) for m in fast] else pytest.mark.slow) for step in STEPS]
+
+
+@pytest.mark.parametrize(("method", "changes"), all_but(["sd_dit", "maskdit"]))
 def test_a_training_step_has_the_same_losses_and_gradients(method, changes):
     """In float32; and of AdamW's step what is not rounding.
 
@@ -192,7 +197,7 @@ def test_a_training_step_has_the_same_losses_and_gradients(method, changes):
         np.testing.assert_allclose(parameter.detach()[clear], after[name][clear], rtol=0, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize(("method", "changes"), STEPS)
+@pytest.mark.parametrize(("method", "changes"), all_but(["sd_dit"]))
 def test_a_training_step_in_float64_ends_at_the_same_parameters(method, changes):
     with float64():
         (metrics, gradients, after), (losses, twin) = step_in_both(method, changes)
@@ -248,7 +253,9 @@ def test_noise_levels_and_the_interval_of_guidance_are_the_runs():
     assert np.abs(images - everywhere).max() > 1e-2
 
 
-@pytest.mark.parametrize(("steps", "multiplier"), [(18, 0.527625), (40, 0.504877), (256, 0.500095)])
+@pytest.mark.parametrize(
+    ("steps", "multiplier"), [(18, 0.527625), (40, 0.504877), pytest.param(256, 0.500095, marks=pytest.mark.slow)]
+)
 def test_a_network_of_zeros_multiplies_the_noise(steps, multiplier):
     config = tiny_config("maskdit", {"codec.name": "latents", "codec.scale": (1.0,)})
     network = pytorch.SDDiT(namespaces(config))

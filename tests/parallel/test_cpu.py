@@ -50,6 +50,7 @@ def test_working_memory_is_kept_between_executions():
     assert pages["kept"] < pages["as it is"] / 4
 
 
+@pytest.mark.slow
 def test_a_quick_initialisation_gives_the_same_bits():
     parts = tiny_parts("sd_dit")
     states = [

@@ -246,6 +246,7 @@ def test_two_processes_measure_the_distances_of_one_and_keep_the_same_checkpoint
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_what_two_processes_saved_one_restores_on_any_number_of_devices(together):
     expected = host_state(together, 8, fsdp=8)
     for devices, parallel in ((1, {}), (2, {"tensor": 2}), (4, {"fsdp": 4})):
@@ -414,6 +415,7 @@ def test_a_mistake_is_told_once_by_each_process(tmp_path, change, message):
     assert "Check failure" not in done.stdout
 
 
+@pytest.mark.slow
 def test_samples_of_two_processes_are_those_of_one(alone, tmp_path):
     arguments = [f"--workdir={alone}", "--num_samples=20", "--batch_size=8", "--steps=4", "--guidance=1.5"]
     sample = [sys.executable, "-m", "sddit_jax.sample", *arguments]
@@ -444,9 +446,10 @@ cli.run(sample.main)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "seconds"),
-    [("write", 0), pytest.param("finish", 5, marks=pytest.mark.slow)],
+    [("write", 0), ("finish", 5)],
 )
 def test_a_disk_that_is_full_at_process_0_ends_all(alone, tmp_path, method, seconds):
     done = two(
