@@ -67,15 +67,11 @@ def from_state_dict(arrays: Mapping[str, np.ndarray], network: Network) -> dict[
         elif path.endswith("kernel"):
             array = array.T
         leaf[...] = array.reshape(leaf.shape)
-    return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path)], _abstract(network))
-
-
-def _abstract(network: Network) -> Any:
-    return jax.eval_shape(network.init, jax.random.key(0))
+    return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path)], network.abstract)
 
 
 def _shapes(network: Network) -> dict[str, tuple[int, ...]]:
-    flat = jax.tree_util.tree_leaves_with_path(_abstract(network))
+    flat = jax.tree_util.tree_leaves_with_path(network.abstract)
     return {path_name(path): leaf.shape for path, leaf in flat}
 
 

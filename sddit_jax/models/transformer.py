@@ -5,6 +5,7 @@ The embeddings of patches, noise level and label belong to the encoder; the deco
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -228,6 +229,11 @@ class Network:
     def null_label(self) -> int:
         """The label that stands for none: the one behind the classes."""
         return self.model.num_classes
+
+    @functools.cached_property
+    def abstract(self) -> dict[str, Any]:
+        """Shape and dtype of each parameter."""
+        return jax.eval_shape(self.init, jax.random.key(0))
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Fresh float32 parameters."""
