@@ -19,7 +19,7 @@ from sddit_jax.runs.folder import read_config
 
 
 def get_config(arguments: str = "") -> ml_collections.ConfigDict:
-    run = parse_arguments(arguments, {"run": ""}, short="run")["run"]
+    run = parse_arguments(arguments, {"run": ""}, short="run", path=True)["run"]
     if not run:
         raise ConfigError("configs/finetune.py needs the folder of a run, as in --config=configs/finetune.py:runs/a")
     config = ml_collections.ConfigDict(to_dict(read_config(Path(run).expanduser())))

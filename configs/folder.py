@@ -19,7 +19,7 @@ from sddit_jax.data.sources import open_source
 
 
 def get_config(arguments: str = "") -> ml_collections.ConfigDict:
-    chosen = parse_arguments(arguments, {"data": "", "size": "S/4", "method": "sd_dit"}, short="data")
+    chosen = parse_arguments(arguments, {"data": "", "size": "S/4", "method": "sd_dit"}, short="data", path=True)
     path, config = chosen["data"], default_config(chosen["method"])
     with config.unlocked():
         config.steps = 200_000

@@ -1,6 +1,7 @@
 """What all commands share: flags, log lines, and errors as one message and an exit code."""
 
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import NoReturn
 import absl.logging
 from absl import flags
 
+from sddit_jax.config import border
 from sddit_jax.errors import CommandError, ConfigError, Interrupted, UserError
 from sddit_jax.parallel import distributed
 
@@ -58,10 +60,9 @@ def parse_flags(argv: list[str], words: int = 0) -> list[str]:
         # ml_collections' answer to a key that a locked config lacks; others are bugs in the file, and stay as they are.
         if "ml_collections" not in traceback.extract_tb(error.__traceback__)[-1].filename:
             raise
-        # It quotes its own message again, and lists the whole config after it.
-        message = str(error).split(" Other fields present")[0].removeprefix("'").removesuffix("'")
-        message = message.replace("\\n", ". ").replace("\\", "")
-        raise ConfigError(f"unknown config key: {message}") from error
+        keys = [match[1] for argument in argv if (match := re.match(r"--?config\.([\w.]+)", argument))]
+        unknown = next((words for key in keys if (words := border.unknown_key(key))), f"unknown config key: {error}")
+        raise ConfigError(unknown) from error
     if len(rest) > words:
         raise UserError(f"unexpected arguments {' '.join(rest[words:])}; flags are written --name=value")
     return rest

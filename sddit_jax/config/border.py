@@ -69,6 +69,19 @@ def flatten(config: Config | Mapping[str, Any], prefix: str = "") -> Iterator[tu
             yield f"{prefix}{key}", value
 
 
+def unknown_key(key: str) -> str:
+    """Why the config has no such dotted key, and which one may be meant; empty if it has it."""
+    known = [name for name, _ in flatten(Config())]
+    if key in known or any(name.startswith(f"{key}.") for name in known):
+        return ""
+    last = key.rpartition(".")[2]
+    elsewhere = [name for name in known if name.rpartition(".")[2] == last]
+    meant = elsewhere or difflib.get_close_matches(key, known, n=1)
+    section = [name for name in known if name.startswith(f"{key.rpartition('.')[0]}.")]
+    hint = f"did you mean {' or '.join(meant[:3])}?" if meant else f"known: {', '.join(section[:20] or known[:20])}"
+    return f"unknown config key {key}: {hint}"
+
+
 def identity_differences(saved: Config, current: Config) -> list[str]:
     """Lines 'key: saved -> current' for what differs and may not change when a run is continued."""
     old = dict(flatten(saved))

@@ -65,6 +65,11 @@ def _check_objectives(config: Config) -> None:
                 f"objectives.{kind.name}.weight_steps is {section.weight_steps}, but its last must be above its first: "
                 f"weight_schedule is {section.weight_schedule!r}"
             )
+        if section.weight_schedule == "constant" and (section.final_weight or section.weight_steps != (0, 0)):
+            raise ConfigError(
+                f"objectives.{kind.name}.final_weight is {section.final_weight} and weight_steps "
+                f"{section.weight_steps}, but weight_schedule is 'constant': set it to linear or cosine, or both to 0"
+            )
     if not any(getattr(objectives, kind.name).active for kind in OBJECTIVES):
         raise ConfigError("all weights in objectives are 0, so there is nothing to train")
 

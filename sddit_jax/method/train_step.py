@@ -81,7 +81,12 @@ def gradients_of(parts: Parts, state: State, drawn: Drawn) -> Gradients:
             loss, own_metrics, statistics[objective.name] = objective.loss(
                 params, state["aux"][objective.name], state["ema"]["default"], views, state["step"]
             )
-            total += objective.weight(state["step"]) * loss
+            weight = objective.weight(state["step"])
+            total += weight * loss
+            if objective.config.weight_schedule != "constant":
+                own_metrics = own_metrics | {f"train/{objective.name}/weight": weight}
+            if taken := own_metrics.keys() & (metrics.keys() | {"train/loss"}):
+                raise ValueError(f"objective {objective.name} gives {', '.join(sorted(taken))}, which exists already")
             metrics |= own_metrics
         return total, (metrics | {"train/loss": total}, statistics)
 

@@ -254,7 +254,9 @@ class Checkpointer:
         shapes, digests = ({path: x for path, x in meta[key].items() if _item(path) in items} for key in _BY_PATH)
         stored = _as_stored(abstract, shapes, meta["format_version"])
         if other := _difference(shapes, _shapes(stored)):
-            raise CheckpointError(f"{self._path(step)} is of another model: {other}")
+            raise CheckpointError(
+                f"{self._path(step)} is of another model: {other}; configs/finetune.py starts from its weights"
+            )
         args = {item: ocp.args.StandardRestore(tree) for item, tree in _items(stored).items()}
         restored = dict(self._manager.restore(step, args=ocp.args.Composite(**args)).items())
         state = {**restored.get("train", {}), "ema": restored["ema"]}

@@ -30,13 +30,18 @@ def get_config(name, arguments=""):
     ],
 )
 def test_pairs_and_the_short_form(text, changed):
-    assert parse_arguments(text, DEFAULTS, short="data") == DEFAULTS | changed
+    assert parse_arguments(text, DEFAULTS, short="data", path=True) == DEFAULTS | changed
 
 
 @pytest.mark.parametrize("text", ["size=B/2,metod=dit", "size=B/2,x=1"])
 def test_a_wrong_name_is_answered_with_the_right_ones(text):
     with pytest.raises(ConfigError, match=r"unknown name: it takes data=...,size=...,method=..."):
         parse_arguments(text, DEFAULTS, short="data")
+
+
+def test_a_wrong_name_is_no_method():
+    with pytest.raises(ConfigError, match=r"'metod=dit' does not begin with a known name: it takes method=..."):
+        get_config("digits", "metod=dit")
 
 
 def test_without_a_short_form_a_name_is_needed():

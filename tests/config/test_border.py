@@ -5,7 +5,7 @@ import ml_collections
 import pytest
 from helpers import make_config
 
-from sddit_jax.config.border import Config, flatten, identity_differences, resolve, to_dict
+from sddit_jax.config.border import Config, flatten, identity_differences, resolve, to_dict, unknown_key
 from sddit_jax.config.presets import METHODS, default_config
 from sddit_jax.errors import ConfigError
 
@@ -84,6 +84,21 @@ def test_unknown_method():
 def test_unknown_keys_are_named(values, parts):
     message = error_of(values)
     assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("diffusion.sigma_data", "unknown config key diffusion.sigma_data: did you mean diffusion.edm.sigma_data?"),
+        ("learning_rate", "did you mean optimizer.learning_rate?"),
+        ("model.dept", "did you mean model.depth?"),
+        ("qqq", "known: seed, steps"),
+        ("model", ""),
+        ("model.depth", ""),
+    ],
+)
+def test_a_key_at_the_wrong_level_is_found(key, said):
+    assert (said in unknown_key(key)) if said else unknown_key(key) == ""
 
 
 @pytest.mark.parametrize(

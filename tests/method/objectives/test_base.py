@@ -88,6 +88,26 @@ def test_a_weight_that_rises_from_0_trains_its_objective():
         active(**rising, weight_steps=(10, 10))
 
 
+def test_a_change_of_the_weight_without_a_schedule_is_refused():
+    config = default_config("dit_decoder")
+    config.objectives.discrimination.weight_steps = (20, 50)
+    with pytest.raises(ConfigError, match=r"weight_steps \(20, 50\), but weight_schedule is 'constant'"):
+        resolve(config)
+
+
+def test_no_two_metrics_have_one_name():
+    class Loud(Features):
+        def loss(self, params, state, ema, views, step):
+            return jnp.zeros(()), {"train/loss": jnp.zeros(())}, {}
+
+    parts = tiny_parts("dit_decoder", CHANGES)
+    context = Context(parts.network, parts.diffusion, 100, parts.ema_decay)
+    loud = dataclasses.replace(parts, objectives=(*parts.objectives, Loud(ObjectiveConfig(weight=1.0), context)))
+    batch = make_batch(parts) | {"outside": np.zeros((16, 1), np.float32)}
+    with pytest.raises(ValueError, match="objective features gives train/loss, which exists already"):
+        jax.eval_shape(make_train_step(loud), noised_state(loud), batch)
+
+
 def test_a_block_that_the_encoder_lacks_is_refused(monkeypatch):
     class Deep(Features):
         needs = Needs(blocks=(3,))
