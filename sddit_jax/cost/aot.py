@@ -26,6 +26,8 @@ from sddit_jax.parallel.rows import full_size, split_rows
 from sddit_jax.parallel.sharding import abstract_state
 from sddit_jax.sampling.sampler import make_sample
 
+# XLA's effort level O0: the least time spent on the speed of the program.
+QUICK_OPTIONS = {"optimization_level": 9}
 GIB = 2**30
 
 
@@ -229,7 +231,7 @@ def _compiled(lowered: jax.stages.Lowered, quick: bool) -> tuple[jax.stages.Comp
     """The program, or None if it does not fit; its peak memory in GiB; the seconds it took."""
     began = time.monotonic()
     try:
-        program = lowered.compile({"exec_time_optimization_effort": -1.0} if quick else None)
+        program = lowered.compile(QUICK_OPTIONS if quick else None)
         peak = program.memory_analysis().peak_memory_in_bytes / GIB
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
