@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+import flax.traverse_util
 import numpy as np
 
 from sddit_jax.errors import UserError
@@ -100,7 +101,7 @@ def weights_hash(params: Mapping[str, Any]) -> str:
     Whatever file the same values come from, their hash is the same.
     """
     total = hashlib.sha256()
-    for path, leaf in sorted(_leaves(params), key=lambda item: item[0]):
+    for path, leaf in sorted(flax.traverse_util.flatten_dict(params, sep="/").items()):
         value = np.asarray(leaf)
         total.update(f"{path} {value.dtype} {value.shape}\n".encode())
         total.update(value.reshape(-1).view(np.uint8))
@@ -133,14 +134,6 @@ def undamaged(path: Path, kind: type[UserError], ending: str = "") -> Iterator[N
         yield
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise kind(f"{path} is damaged: {type(error).__name__}: {error}{ending}") from error
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, child in tree.items():
-        if isinstance(child, Mapping):
-            yield from _leaves(child, f"{prefix}{name}/")
-        else:
-            yield f"{prefix}{name}", child
 
 
 def _can_be_replaced(path: Path) -> bool:

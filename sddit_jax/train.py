@@ -25,7 +25,7 @@ from sddit_jax.evaluation.evaluators import make_evaluators
 from sddit_jax.evaluation.protocol import Evaluator, Moment, Run
 from sddit_jax.generation.decoding import load_decode
 from sddit_jax.method.codec import check_codec
-from sddit_jax.method.state import State
+from sddit_jax.method.state import State, by_owner
 from sddit_jax.method.train_step import make_train_step
 from sddit_jax.parallel import cpu, sharding
 from sddit_jax.parallel.distributed import stop_requests
@@ -299,7 +299,7 @@ def _full_disk_explained(workdir: Path) -> Iterator[None]:
 
 
 def _print_plan(run: Run, state: State, start: int) -> None:
-    trees = state["params"]["network"] | {name: tree for name, tree in state["params"].items() if name != "network"}
+    trees = by_owner(state["params"])
     counts = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in trees.items()}
     sizes = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     config, m = run.config, run.config.model

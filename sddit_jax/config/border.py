@@ -8,9 +8,10 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+import flax.traverse_util
 import ml_collections
 
 from sddit_jax.config.checks import check_together
@@ -59,19 +60,14 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def flatten(config: Config | Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every leaf."""
-    values = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def flatten(config: Config) -> dict[str, Any]:
+    """The value of every leaf by its dotted key."""
+    return flax.traverse_util.flatten_dict(dataclasses.asdict(config), sep=".")
 
 
 def unknown_key(key: str) -> str:
     """Why the config has no such dotted key, and which one may be meant; empty if it has it."""
-    known = [name for name, _ in flatten(Config())]
+    known = list(flatten(Config()))
     if key in known or any(name.startswith(f"{key}.") for name in known):
         return ""
     last = key.rpartition(".")[2]
@@ -84,10 +80,10 @@ def unknown_key(key: str) -> str:
 
 def identity_differences(saved: Config, current: Config) -> list[str]:
     """Lines 'key: saved -> current' for what differs and may not change when a run is continued."""
-    old = dict(flatten(saved))
+    old = flatten(saved)
     return [
         f"{key}: {old[key]!r} -> {value!r}"
-        for key, value in flatten(current)
+        for key, value in flatten(current).items()
         if old[key] != value and not any(key == free or key.startswith(free + ".") for free in FREE_ON_RESUME)
     ]
 

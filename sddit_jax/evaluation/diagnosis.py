@@ -1,7 +1,8 @@
 """What the assignments of the discrimination's teacher tell of the images."""
 
+import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Self
 
 import jax
@@ -24,9 +25,7 @@ class Diagnosis(Evaluator):
 
     def __init__(self, run: Run, start: int) -> None:
         super().__init__(run, start)
-        self._diagnose = jax.jit(
-            lambda state, batch: diagnose(run.parts, state, batch), out_shardings=replicated(run.mesh)
-        )
+        self._diagnose = make_diagnose(run)
 
     @classmethod
     def make(cls, run: Run, start: int) -> Self | None:
@@ -61,6 +60,11 @@ def diagnose(parts: Parts, state: State, batch: Mapping[str, jax.Array]) -> dict
     return objective.diagnose(
         state["aux"][objective.name], state["ema"]["default"], x0_BHWC, eps_BHWC, batch["label"], state["step"]
     )
+
+
+def make_diagnose(run: Run) -> Callable[[State, Mapping[str, jax.Array]], dict[str, jax.Array]]:
+    """`diagnose` of a run's state and a batch, jitted; the results are on every device."""
+    return jax.jit(functools.partial(diagnose, run.parts), out_shardings=replicated(run.mesh))
 
 
 def collapse(parts: Parts, metrics: Mapping[str, float]) -> str:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sddit_jax.evaluation.diagnosis import diagnose, discrimination_of
+from sddit_jax.evaluation.diagnosis import discrimination_of, make_diagnose
 from sddit_jax.evaluation.metrics import frechet_distance, moments, nearest_distances, nearest_neighbour_accuracy
 from sddit_jax.evaluation.protocol import Evaluator, Moment, Run
 from sddit_jax.method.state import State
@@ -46,8 +46,7 @@ class Digits(Evaluator):
         label_B = np.stack([record["label"] for record in real])
         results = self._judged(state["ema"]["default"], image_BHWC, label_B, moment)
         if discrimination_of(run.parts):
-            diagnosed = jax.jit(lambda s, b: diagnose(run.parts, s, b), out_shardings=replicated(run.mesh))
-            found = diagnosed(state, {"image": image_BHWC, "label": label_B})
+            found = make_diagnose(run)(state, {"image": image_BHWC, "label": label_B})
             results |= {key.replace("teacher/", "eval/"): float(value) for key, value in found.items()}
         if run.config.model.cls_token:
             results |= self._probed(state["ema"]["default"], image_BHWC, label_B)

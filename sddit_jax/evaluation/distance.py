@@ -24,7 +24,6 @@ from sddit_jax.generation.drawing import make_generate
 from sddit_jax.method.state import State
 from sddit_jax.parallel.distributed import decided_by_primary
 from sddit_jax.sampling.labels import balanced_labels
-from sddit_jax.sampling.sampler import make_sample
 
 log = logging.getLogger("sddit_jax")
 
@@ -61,9 +60,8 @@ class Distance(Evaluator):
         shape = self._shape_of_samples()
         self._reference = open_reference(config.eval.reference, self._space, shape, _BATCH_SIZE, ("fid",))
         self.name = f"eval/{distance_name(self._space)}"
-        sample = make_sample(run.parts.network, run.parts.diffusion, run.parts.codec, config.sampling)
         batch_size = min(config.batch_size, len(self._label_N), _BATCH_SIZE)
-        self._generate = make_generate(sample, run.mesh, batch_size, run.decode)
+        self._generate = make_generate(run.sample, run.mesh, batch_size, run.decode)
 
         sampling = {k: v for k, v in dataclasses.asdict(config.sampling).items() if k not in ("every", "grid")}
         self._path = run.workdir / BEST

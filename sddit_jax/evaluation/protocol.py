@@ -15,7 +15,7 @@ from sddit_jax.data.image_sources import Source
 from sddit_jax.generation.decoding import Decode
 from sddit_jax.generation.drawing import Generate, make_generate
 from sddit_jax.method.state import Parts, State
-from sddit_jax.sampling.sampler import make_sample
+from sddit_jax.sampling.sampler import Sample, make_sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +33,15 @@ class Run:
     codec: dict[str, Any]
     decode: Decode
 
+    @property
+    def sample(self) -> Sample:
+        """The pure function that draws a batch as the config says."""
+        return make_sample(self.parts.network, self.parts.diffusion, self.parts.codec, self.config.sampling)
+
     @functools.cached_property
     def generate(self) -> Generate:
         """generate(params, seed, label_N) -> images, sampled as the config says; see `make_generate`."""
-        sample = make_sample(self.parts.network, self.parts.diffusion, self.parts.codec, self.config.sampling)
-        return make_generate(sample, self.mesh, self.config.sampling.grid, self.decode)
+        return make_generate(self.sample, self.mesh, self.config.sampling.grid, self.decode)
 
 
 def _nothing() -> None:

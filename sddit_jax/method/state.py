@@ -72,3 +72,8 @@ class Parts:
             "step": jnp.zeros((), jnp.int32),
             "skipped": jnp.zeros((), jnp.int32),
         }
+
+
+def by_owner(params: Any) -> dict[str, Any]:
+    """What is laid out like `params` of a state, by encoder, decoder, and each objective that owns some."""
+    return params["network"] | {name: tree for name, tree in params.items() if name != "network"}

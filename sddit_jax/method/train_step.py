@@ -9,7 +9,7 @@ import optax
 
 from sddit_jax.errors import ConfigError
 from sddit_jax.method.objectives.base import Drawn, Metrics, Views
-from sddit_jax.method.state import Parts, State
+from sddit_jax.method.state import Parts, State, by_owner
 from sddit_jax.models.masking import sample_mask
 
 Batch = dict[str, jax.Array]
@@ -126,7 +126,7 @@ def make_train_step(parts: Parts) -> TrainStep:
         learning_rate = parts.learning_rate(step)
         updates, opt_state = parts.optimizer.update(gradients, state["opt_state"], state["params"])
         updates = jax.tree.map(lambda u: learning_rate * u, updates)
-        metrics |= {f"grad_norm/{name}": optax.tree.norm(tree) for name, tree in _by_owner(gradients).items()}
+        metrics |= {f"grad_norm/{name}": optax.tree.norm(tree) for name, tree in by_owner(gradients).items()}
         metrics["grad_norm/all"] = optax.tree.norm(gradients)
         metrics["train/update_norm"] = optax.tree.norm(updates)
         metrics["train/learning_rate"] = learning_rate
@@ -156,8 +156,3 @@ def make_train_step(parts: Parts) -> TrainStep:
         }, metrics
 
     return train_step
-
-
-def _by_owner(params: Any) -> dict[str, Any]:
-    """A tree of parameters by encoder, decoder, and objectives that own some."""
-    return params["network"] | {name: tree for name, tree in params.items() if name != "network"}

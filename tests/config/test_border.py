@@ -43,7 +43,7 @@ def test_round_trip(method):
     assert resolve(json.loads(json.dumps(values))) == config
     assert resolve(ml_collections.ConfigDict(values)) == config
     for key, value in METHODS[method].items():
-        assert dict(flatten(config))[key] == value
+        assert flatten(config)[key] == value
 
 
 def test_defaults_live_in_the_dataclasses():
