@@ -1,4 +1,4 @@
-"""What all commands share: flags, log lines, and errors as one message and an exit code."""
+"""What all commands share: parsing flags, printing log lines, and ending with one message and an exit code."""
 
 import logging
 import re
@@ -16,9 +16,9 @@ from sddit_jax.parallel import distributed
 
 
 def run(command: Callable[..., None], words: int = 0) -> NoReturn:
-    """Parses the flags, runs the command and exits: 0 done, 2 the user's mistake, 3 diverged, 75 interrupted.
+    """Parses the flags, calls the command with up to `words` arguments that are not flags, and exits.
 
-    The command gets up to `words` arguments that are not flags.
+    Exit codes: 0 done, 2 the user's mistake, 3 the run diverged, 75 interrupted, 1 any other exception.
     """
     absl.logging.set_verbosity(absl.logging.WARNING)
     logging.getLogger().setLevel(logging.WARNING)
@@ -45,9 +45,9 @@ def run(command: Callable[..., None], words: int = 0) -> NoReturn:
 
 
 def parse_flags(argv: list[str], words: int = 0) -> list[str]:
-    """Parses flags, a config file's too, and returns at most `words` other arguments.
+    """Parses all flags, those of --config too, and returns the other arguments.
 
-    Raises UserError for what absl and ml_collections refuse.
+    Raises UserError if absl or ml_collections refuses a flag, or if there are more than `words` other arguments.
     """
     if {"-h", "--help"} & set(argv):
         print(sys.modules["__main__"].__doc__, flags.FLAGS.main_module_help(), sep="\n")
@@ -55,12 +55,16 @@ def parse_flags(argv: list[str], words: int = 0) -> list[str]:
     try:
         rest = flags.FLAGS(argv)[1:]
     except flags.Error as error:
-        raise UserError(f"{error}; --help lists the flags") from error
+        is_key = isinstance(error, flags.UnrecognizedFlagError) and "config" in flags.FLAGS
+        keys = " or ".join(f"--config.{key}" for key in border.keys_named(error.flagname)[:4]) if is_key else ""
+        raise UserError(f"{error}; {f'did you mean {keys}? ' if keys else ''}--help lists the flags") from error
     except (AttributeError, KeyError) as error:
-        # ml_collections' answer to a key that a locked config lacks; others are bugs in the file, and stay as they are.
+        # ml_collections raises these for a key that a locked config lacks, and quotes the key without its sections. If
+        # the config file's own code raised the error, the file has a bug, and the traceback shows it.
         if "ml_collections" not in traceback.extract_tb(error.__traceback__)[-1].filename:
             raise
         keys = [match[1] for argument in argv if (match := re.match(r"--?config\.([\w.]+)", argument))]
+        keys += re.findall(r"[\"'\\]([\w.]+)[\"'\\]", str(error.args[0]))[:1]
         unknown = next((words for key in keys if (words := border.unknown_key(key))), f"unknown config key: {error}")
         raise ConfigError(unknown) from error
     if len(rest) > words:

@@ -1,7 +1,7 @@
-"""The one border of configuration: ConfigDict in, checked and frozen dataclasses out.
+"""The border of the configuration: a ConfigDict goes in, checked and frozen dataclasses come out.
 
-`from_defaults()` makes a locked ConfigDict from the defaults of the sections for a file in configs/ to change, and
-`resolve()` turns it into a `Config`; below this border nothing looks a key up by name.
+A file in configs/ changes a locked ConfigDict of all defaults (`presets.default_config`), and `resolve` turns it into a
+`Config`. Code below this border reads attributes; none of it looks up a key by name.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from sddit_jax.config.checks import check_together
 from sddit_jax.config.schema import Config
 from sddit_jax.errors import ConfigError
 
-# What may differ between a checkpoint and the config that continues it. All else is the run's identity.
+# Keys and sections that may change when a run is continued. All other keys are the run's identity.
 FREE_ON_RESUME = (
     "init_from",
     "parallel",
@@ -39,15 +39,14 @@ FREE_ON_RESUME = (
 )
 
 
-def from_defaults() -> ml_collections.ConfigDict:
-    """A locked ConfigDict of all defaults."""
-    return ml_collections.ConfigDict(dataclasses.asdict(Config())).lock()
-
-
 def resolve(config: ml_collections.ConfigDict | Mapping[str, Any], guide: bool = False) -> Config:
-    """The checked, frozen form of a ConfigDict. Raises ConfigError: unknown key, wrong type, impossible run.
+    """The checked `Config` of a ConfigDict or a nested dict. A key that it lacks has its default.
 
-    guide: another network guides the samples, so that they need no null label.
+    guide: whether another network guides the samples; guidance then needs no null label. Raises ConfigError for an
+    unknown key, a value of a wrong type or out of range, and values that exclude each other:
+
+        resolve({"model": {"depth": 12}}).model.depth  # 12
+        resolve({"depth": 12})  # ConfigError: unknown config key depth: did you mean model.depth?
     """
     values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
     resolved = _build(Config, _upgraded(values), "")
@@ -56,40 +55,60 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any], guide: bool =
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The plain nested dict that `resolve` turns back into the same config (tuples become lists in JSON)."""
+    """The nested dict of a config. `resolve` makes an equal config of it, also if JSON turned its tuples into lists."""
     return dataclasses.asdict(config)
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """The value of every leaf by its dotted key."""
+    """Each value by its dotted key, as in {"seed": 0, "model.depth": 28}."""
     return flax.traverse_util.flatten_dict(dataclasses.asdict(config), sep=".")
 
 
 def unknown_key(key: str) -> str:
-    """Why the config has no such dotted key, and which one may be meant; empty if it has it."""
+    """The message for a dotted key that no config has, with the key that may be meant; empty for a key that exists."""
     known = list(flatten(Config()))
-    if key in known or any(name.startswith(f"{key}.") for name in known):
+    section, last = key.rpartition(".")[0], _last(key)
+    sections = {name.rpartition(".")[0] for name in known}
+    if key in known or key in sections:
         return ""
-    last = key.rpartition(".")[2]
-    elsewhere = [name for name in known if name.rpartition(".")[2] == last]
-    meant = elsewhere or difflib.get_close_matches(key, known, n=1)
-    section = [name for name in known if name.startswith(f"{key.rpartition('.')[0]}.")]
-    hint = f"did you mean {' or '.join(meant[:3])}?" if meant else f"known: {', '.join(section[:20] or known[:20])}"
+    meant = keys_named(key) or difflib.get_close_matches(key, [*known, *(sections - {section})], n=1)
+    if not meant:
+        meant = [name for end in difflib.get_close_matches(last, map(_last, known), n=1) for name in keys_named(end)]
+    beside = [name for name in known if name.startswith(f"{section}.")]
+    hint = f"did you mean {' or '.join(meant[:4])}?" if meant else f"known: {', '.join((beside or known)[:20])}"
     return f"unknown config key {key}: {hint}"
 
 
+def keys_named(key: str) -> list[str]:
+    """The keys whose last part is that of `key`, at any level: of "model.learning_rate" optimizer.learning_rate.
+
+    A key in a section of nearly the same name is the only answer: of "optimiser.name" optimizer.name.
+    """
+    named = [name for name in flatten(Config()) if _last(name) == _last(key)]
+    return difflib.get_close_matches(key, named, n=1, cutoff=0.8) or named
+
+
+def free_on_resume(key: str) -> bool:
+    """Whether a key may change when a run is continued."""
+    return any(key == free or key.startswith(f"{free}.") for free in FREE_ON_RESUME)
+
+
 def identity_differences(saved: Config, current: Config) -> list[str]:
-    """Lines 'key: saved -> current' for what differs and may not change when a run is continued."""
+    """Lines 'key: saved -> current' for the keys that differ and are not in FREE_ON_RESUME."""
     old = flatten(saved)
     return [
         f"{key}: {old[key]!r} -> {value!r}"
         for key, value in flatten(current).items()
-        if old[key] != value and not any(key == free or key.startswith(free + ".") for free in FREE_ON_RESUME)
+        if old[key] != value and not free_on_resume(key)
     ]
 
 
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
 def _upgraded(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config of a run of format 2 with the keys of format 3: in format 2 EDM's lie in `diffusion` itself."""
+    """The config of a run of format 2 with the keys of format 3: in format 2 the keys of EDM lie in `diffusion`."""
     diffusion = values.get("diffusion")
     if not isinstance(diffusion, Mapping) or "sigma_data" not in diffusion:
         return values
@@ -98,15 +117,12 @@ def _upgraded(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _build(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    hints = {key: hint for key, hint in typing.get_type_hints(kind).items() if key in fields}
-    for key in values:
-        if key not in hints:
-            close = difflib.get_close_matches(key, hints, n=1)
-            hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(hints)}"
-            raise ConfigError(f"unknown config key {prefix}{key}: {hint}")
+    """The checked section `kind` with `values`. prefix: its dotted key and a dot, as in "model."; "" for `Config`."""
+    fields, hints = {field.name: field for field in dataclasses.fields(kind)}, typing.get_type_hints(kind)
     arguments = {}
     for key, value in values.items():
+        if key not in fields:
+            raise ConfigError(unknown_key(f"{prefix}{key}") or f"{prefix}{key} must be nested sections")
         hint = hints[key]
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, Mapping):
@@ -117,17 +133,17 @@ def _build(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
             _check_value(fields[key], arguments[key], prefix + key)
     section = kind(**arguments)
     if hasattr(section, "check"):
-        section.check()
+        section.check(prefix)
     return section
 
 
 def _typed(hint: Any, value: Any, key: str) -> Any:
-    """`value` as `hint` (bool, int, float, str or a tuple of floats); an int may stand for a float."""
+    """`value` as `hint`: bool, int, float, str or a tuple of numbers. An int may stand for a float."""
     if typing.get_origin(hint) is tuple:
         elements = typing.get_args(hint)
-        right_length = elements[-1] is Ellipsis or (isinstance(value, (tuple, list)) and len(value) == len(elements))
-        if not isinstance(value, (tuple, list)) or not value or not right_length:
-            count = "numbers" if elements[-1] is Ellipsis else f"{len(elements)} numbers"
+        any_length = elements[-1] is Ellipsis
+        if not isinstance(value, (tuple, list)) or not value or not (any_length or len(value) == len(elements)):
+            count = "numbers" if any_length else f"{len(elements)} numbers"
             raise ConfigError(f"{key} is {value!r}, but must be a tuple of {count}")
         return tuple(_typed(elements[0], element, key) for element in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""What is built from a configuration: the network and the parts of a train step."""
+"""The network and the parts of a train step, built from a checked configuration."""
 
 import functools
 
@@ -13,16 +13,14 @@ from sddit_jax.method.state import Parts
 from sddit_jax.models.layers import Hooks
 from sddit_jax.models.transformer import Network
 
-NO_HOOKS = Hooks()
 
-
-def make_network(config: Config, hooks: Hooks = NO_HOOKS) -> Network:
+def make_network(config: Config, hooks: Hooks = Hooks()) -> Network:
     """The network of a checked configuration."""
     return Network(config.model, config.masking.fill, hooks)
 
 
-def make_parts(config: Config, hooks: Hooks = NO_HOOKS) -> Parts:
-    """The parts of a checked configuration. Raises ConfigError for an unknown optimiser."""
+def make_parts(config: Config, hooks: Hooks = Hooks()) -> Parts:
+    """The parts of a train step. Raises ConfigError for an unknown optimiser, and for what an objective cannot get."""
     network, diffusion, o = make_network(config, hooks), make_diffusion(config.diffusion), config.optimizer
     ema_decay = functools.partial(schedules.ema_decay, decay=config.ema.decay, warmup=config.ema.warmup)
     return Parts(

@@ -16,82 +16,150 @@ from sddit_jax.settings import setting
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where images come from."""
+    """Which images a run trains on, and how it reads them."""
 
-    source: str = setting("folder:", "C", "digits, folder:PATH, tfds:NAME or latents:PATH")
-    split: str = setting("train", "C", "split of the dataset")
-    download: bool = setting(False, "C", "let TensorFlow Datasets download and prepare what is missing")
-    in_memory: bool = setting(False, "C", "load all latents before the first step; of ImageNet at 256 pixels 42 GB")
-    verify: bool = setting(False, "C", "compare the checksums of the files of latents before the first step")
-    flip: bool = setting(True, "I", "mirror half of the images")
-    num_threads: int = setting(16, "C", "reading threads", least=1)
-    prefetch: int = setting(16, "C", "batches read ahead", least=1)
+    source: str = setting(
+        "folder:",
+        "C",
+        "digits (of scikit-learn), folder:PATH (image files, one sub-folder for each class), tfds:NAME (TensorFlow "
+        "Datasets) or latents:PATH (a folder that `python -m sddit_jax.prepare` wrote)",
+    )
+    split: str = setting(
+        "train", "C", "split of the dataset, such as train or validation; with tfds also a slice, such as train[:10%]"
+    )
+    download: bool = setting(False, "C", "whether TensorFlow Datasets may download and prepare a missing dataset")
+    in_memory: bool = setting(
+        False, "C", "whether to load all latents into host memory first (those of ImageNet at 256 pixels: 42 GB)"
+    )
+    verify: bool = setting(
+        False, "C", "whether to compare the SHA-256 of all files of latents with their record before the first step"
+    )
+    flip: bool = setting(True, "I", "whether to mirror each image left to right with probability 1/2")
+    num_threads: int = setting(
+        16, "C", "threads that read and decode images, in each process (latents in memory: always 1)", least=1
+    )
+    prefetch: int = setting(16, "C", "batches that each process reads ahead", least=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
-    """The device mesh, and how a batch is computed on it."""
+    """The mesh of devices, and how a batch is computed on it.
 
-    data: int = setting(-1, "C", "devices along the data axis; -1, for one of the axes: what is left", least=-1)
-    fsdp: int = setting(1, "C", "devices along the fsdp axis, which shards parameters too", least=-1)
-    tensor: int = setting(1, "C", "devices along the tensor axis", least=-1)
-    microbatches: int = setting(1, "C", "parts in which a batch's gradient is computed, one after another", least=1)
+    The product of data, fsdp and tensor is the number of devices.
+    """
+
+    data: int = setting(
+        -1,
+        "C",
+        "devices along the data axis, which splits the batch; -1, for one axis at most: all that are left",
+        least=-1,
+    )
+    fsdp: int = setting(
+        1,
+        "C",
+        "devices along the fsdp axis, which splits the batch, parameters, EMAs and optimiser state; -1: as for data",
+        least=-1,
+    )
+    tensor: int = setting(
+        1,
+        "C",
+        "devices along the tensor axis, which splits attention heads and MLP channels; -1: as for data",
+        least=-1,
+    )
+    microbatches: int = setting(
+        1, "C", "parts of a batch whose gradients are computed one after another, in less device memory", least=1
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save, and what to keep."""
+    """When a run saves checkpoints, and which it keeps. A run also saves at its last step and when it is stopped."""
 
     every: int = setting(5000, "C", "steps between checkpoints", least=1)
-    keep_last: int = setting(2, "C", "newest checkpoints to keep", least=1)
-    keep_every: int = setting(50_000, "I", "also keep every step divisible by this; 0: none", least=0)
+    keep_last: int = setting(2, "C", "how many of the newest checkpoints to keep", least=1)
+    keep_every: int = setting(
+        50_000, "I", "also keep the checkpoints of steps that are divisible by this number; 0: none", least=0
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """What is measured when the run is done, and the distance to a reference that is measured during it."""
+    """What a run measures on its own samples.
+
+    During training it measures a distance to a reference; at the last step it compares the samples with real digits.
+    """
 
     name: str = setting(
-        "none", "C", "none, or digits: the samples judged against the real digits", choices=("none", "digits")
+        "none",
+        "C",
+        "'digits' compares samples with scikit-learn's digits at the last step (with data.source=digits); 'none' "
+        "does not",
+        choices=("none", "digits"),
     )
-    draws: int = setting(5, "C", "independent draws of samples", least=1)
-    num_samples: int = setting(1000, "C", "samples in a draw, and of a distance", least=2)
+    draws: int = setting(
+        5, "C", "for 'digits': independent draws of samples, over which the metrics are averaged", least=1
+    )
+    num_samples: int = setting(
+        1000, "C", "samples in each draw, and samples that each distance is computed from", least=2
+    )
     every: int = setting(
-        0, "C", "steps between distances; 0: none. The checkpoint with the lowest is kept, beside the newest", least=0
+        0,
+        "C",
+        "steps between distances to the reference (with Inception's features: FID), a multiple of checkpoint.every; "
+        "the checkpoint with the lowest distance is kept; 0: none",
+        least=0,
     )
-    reference: str = setting("", "C", "npz file that samples are compared with; `evaluate` writes one")
-    features: str = setting("inception", "C", "feature space in which images are compared: inception, pixels")
-    inception: str = setting("", "C", "file of Inception's weights")
+    reference: str = setting(
+        "",
+        "C",
+        "npz file that samples are compared with; `python -m sddit_jax.evaluate --write_reference=FILE` writes one",
+    )
+    features: str = setting("inception", "C", "features that a distance compares: inception or pixels")
+    inception: str = setting("", "C", "file of Inception's weights, which the features inception need")
 
-    def check(self) -> None:
-        """Raises ConfigError for a distance without the files that it is computed from."""
+    def check(self, prefix: str) -> None:
+        """Raises ConfigError for distances without a file that they are computed from."""
         if self.every and not self.reference:
             raise ConfigError(
-                f"eval.every is {self.every}, but eval.reference names no npz file; python -m sddit_jax.evaluate "
-                "--write_reference writes one"
+                f"{prefix}every is {self.every}, but {prefix}reference names no npz file; python -m "
+                "sddit_jax.evaluate --write_reference=FILE writes one"
             )
         if self.every and self.features == "inception" and not self.inception:
-            raise ConfigError(f"eval.every is {self.every}, but eval.inception names no file of weights")
+            raise ConfigError(f"{prefix}every is {self.every}, but {prefix}inception names no file of weights")
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """What is written, and how often."""
+    """What a run logs, and how often."""
 
     every: int = setting(100, "C", "steps between rows of metrics.jsonl", least=1)
-    diagnose_every: int = setting(1000, "C", "steps between diagnoses of the teacher's assignments; 0: none", least=0)
-    tensorboard: bool = setting(True, "C", "write TensorBoard events when a writer is installed")
-    wandb: str = setting("", "C", "Weights & Biases project; empty: off")
+    diagnose_every: int = setting(
+        1000, "C", "steps between tests of the teacher for collapse (teacher/*/information); 0: none", least=0
+    )
+    tensorboard: bool = setting(
+        True, "C", "whether to write TensorBoard events, if tensorboardX, or PyTorch with tensorboard, is installed"
+    )
+    wandb: str = setting("", "C", "name of the Weights & Biases project to log to; empty: none")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One run, whole."""
+    """The whole configuration of a run. These keys stand in no section."""
 
-    seed: int = setting(0, "I", "seed of everything", least=0, most=2**31 - 2**16)
-    steps: int = setting(400_000, "I", "training steps", least=1)
-    batch_size: int = setting(256, "I", "global batch size", least=1)
-    init_from: str = setting("", "C", "folder of a run whose weights a new run starts from; empty: fresh ones")
+    seed: int = setting(
+        0,
+        "I",
+        "seed of all randomness: first weights, order of the data, noise, masks, samples in grids",
+        least=0,
+        most=2**31 - 2**16,
+    )
+    steps: int = setting(400_000, "I", "training steps of the whole run; schedules that span the run end here", least=1)
+    batch_size: int = setting(256, "I", "images in a training step, over all devices and processes together", least=1)
+    init_from: str = setting(
+        "",
+        "C",
+        "folder of another run, whose newest weights a run without a checkpoint starts from; empty: random weights",
+    )
     model: ModelConfig = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     masking: MaskingConfig = MaskingConfig()

@@ -2,7 +2,7 @@
 
 from sddit_jax.errors import ConfigError
 
-# depth, width, heads (Peebles & Xie 2023, Table 1; H: MaskDiT's code)
+# (depth, width, heads): S to XL from Peebles & Xie 2023, Table 1, H from MaskDiT's code
 SIZES = {
     "S": (12, 384, 6),
     "B": (12, 768, 12),
@@ -14,7 +14,10 @@ PATCHES = (2, 4, 8)
 
 
 def parse_size(size: str) -> dict[str, int]:
-    """'XL/2' -> {"depth": 28, "width": 1152, "heads": 16, "patch": 2}. Raises ConfigError for another name."""
+    """The keys of `model` for a size: 'XL/2' -> {"depth": 28, "width": 1152, "heads": 16, "patch": 2}.
+
+    Raises ConfigError for a name that is not in SIZES, or a patch that is not in PATCHES.
+    """
     name, _, patch = size.partition("/")
     if name not in SIZES or patch not in map(str, PATCHES):
         raise ConfigError(

@@ -76,7 +76,10 @@ def test_unknown_method():
     [
         ({"model": {"widht": 8}}, ["model.widht", "did you mean model.width?"]),
         ({"stepps": 8}, ["stepps", "did you mean steps?"]),
-        ({"ema": {"qqq": 8}}, ["ema.qqq", "known: decay"]),
+        ({"ema": {"qqq": 8}}, ["ema.qqq", "known: ema.decay, ema.warmup"]),
+        ({"modle": {"depth": 8}}, ["modle", "did you mean model?"]),
+        ({"depth": 8}, ["unknown config key depth", "did you mean model.depth?"]),
+        ({"model.depth": 8}, ["model.depth must be nested sections"]),
         ({"objectives": {"denoising": {"scop": 8}}}, ["did you mean objectives.denoising.scope?"]),
         ({"model": 3}, ["model is a section", "3"]),
     ],
@@ -208,10 +211,10 @@ def test_values_that_no_schema_may_allow(key, value):
             {"sampling": {"sigma_max": 0.001}},
             ["noise level 0.001 (sampling.sigma_max", "0.002 (sampling.sigma_min, or the diffusion's sigma_min"],
         ),
-        ({"sampling": {"sigma_min": 90.0}}, ["noise level 80.0", "to 90.0 (sampling.sigma_min"]),
+        ({"sampling": {"sigma_min": 90.0}}, ["noise level 80.0", "at 90.0 (sampling.sigma_min"]),
         (
             {"sampling": {"sigma_max": 50.0}, "diffusion": {"name": "ddpm"}},
-            ["sampling.sigma_max 50.0", "diffusion.name is 'ddpm'", "leave both at 0"],
+            ["sampling.sigma_max 50.0", "diffusion.name 'ddpm'", "leave both at 0"],
         ),
         ({"sampling": {"guidance_interval": (2.0, 0.5)}}, ["sampling.guidance_interval is (2.0, 0.5)", "high end"]),
         (
