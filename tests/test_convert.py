@@ -142,7 +142,7 @@ def test_a_training_checkpoint_of_maskdit(tmp_path, caplog):
     config, file, state, _ = maskdit_file(tmp_path)
     with caplog.at_level("INFO", logger="sddit_jax"):
         import_(MASKDIT, file, tmp_path / "new", config)
-    said = "0000007.pt has model (48 tensors), ema (48 tensors); passed over: opt (dict), args (argparse.Namespace, "
+    said = "0000007.pt has model (48 tensors), ema (48 tensors); skipped: opt (dict), args (argparse.Namespace, "
     assert f"{said}not executed)" in caplog.text
     assert_same(read_run(tmp_path / "new")[1], {"params": state["params"]["network"], "ema": state["ema"]["default"]})
 
@@ -302,6 +302,7 @@ def test_a_safetensors_file_without_configuration_is_refused(tmp_path):
     import_(OWN, tmp_path / "bare.safetensors", tmp_path / "new", config_dict(tiny_config("dit")))
 
 
+@pytest.mark.slow
 def test_an_imported_maskdit_is_sampled_from_and_trained_further(command, tmp_path):
     """As a user does it, all by commands; fine-tuning without a mask, as MaskDiT ends its training."""
     tiny = f"{TINY}:maskdit"

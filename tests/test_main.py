@@ -172,6 +172,7 @@ def test_on_eight_devices_with_the_evaluation_at_the_end(tmp_path):
                 "eval/probe_cls", "eval/probe_cls_untrained"} <= evaluated[0].keys()  # fmt: skip
 
 
+@pytest.mark.slow
 def test_without_labels(command, tmp_path):
     arguments = [TINY, f"--workdir={tmp_path}/run", "--config.model.num_classes=0", "--config.steps=20"]
     assert command("main", *arguments).returncode == 0
@@ -251,6 +252,7 @@ def jax_leaves(tree) -> list:
     return [leaf for value in tree.values() for leaf in (jax_leaves(value) if isinstance(value, dict) else [value])]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_named_and_earlier_checkpoints_stay(tmp_path):
     """The size limit of a process stands for a disk with no room: no checkpoint file fits, the log does."""
     script = (

@@ -80,6 +80,7 @@ def config_of(latents):
     return f"--config={ROOT}/tests/configs/latents.py:{latents}"
 
 
+@pytest.mark.slow
 def test_photographs_become_samples(command, latents, vae, tmp_path):
     workdir, classes = tmp_path / "run", json.loads((latents / "latents.json").read_text())["class_names"]
     flags = [f"--config.model.num_classes={len(classes)}", f"--config.codec.autoencoder={vae}"]
@@ -186,7 +187,7 @@ def test_latents_of_another_autoencoder_are_not_trained_on(command, latents, pho
     command("prepare", f"--source=folder:{photographs}", f"--vae={tmp_path}/vae", "--resolution=64",
             f"--output={tmp_path}/latents", "--batch_size=8")  # fmt: skip
     command("main", *flags_of(latents), f"--workdir={tmp_path}/run", "--config.steps=2")
-    message = "learnt data of codec weights"
+    message = "was trained with codec weights"
     other = flags_of(tmp_path / "latents")
     assert message in command("main", *other, f"--workdir={tmp_path}/run", "--config.steps=4", code=2).stderr
     new = (f"--workdir={tmp_path}/new", f"--config.init_from={tmp_path}/run")

@@ -153,8 +153,8 @@ def test_the_order_of_a_seed_never_changes():
 
 
 def test_the_order_of_an_epoch_is_made_once(monkeypatch):
-    words, sizes = loader_module._words, []
-    monkeypatch.setattr(loader_module, "_words", lambda *args: sizes.append(args[-1]) or words(*args))
+    words, sizes = loader_module.random_words, []
+    monkeypatch.setattr(loader_module, "random_words", lambda *args: sizes.append(args[-1]) or words(*args))
     take(loader(Numbers(1000), 10), 150)
     assert sizes.count(1000) == 2
 

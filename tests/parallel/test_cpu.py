@@ -37,6 +37,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
 def test_working_memory_is_kept_between_executions():
     """Without it each execution gets its memory from the system again, in pages of 4 KiB."""

@@ -384,12 +384,10 @@ cli.run(main.main)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "index", "code"),
-    [
-        ("DataError('the disk of one host is gone')", 1, 2),
-        pytest.param("RuntimeError('the disk of one host is gone')", 0, 1, marks=pytest.mark.slow),
-    ],
+    [("DataError('the disk of one host is gone')", 1, 2), ("RuntimeError('the disk of one host is gone')", 0, 1)],
 )
 def test_an_error_of_one_process_ends_all(tmp_path, error, index, code):
     script = FAILING.format(error=error, index=index)
@@ -470,7 +468,7 @@ def test_sampling_of_two_processes_goes_on_in_one_and_refuses_as_one(alone, tmp_
     said = ended(processes, 120)
     assert [process.returncode for process in processes] == [75, 75], said
     counts = {
-        re.search(r"error: SIGTERM: (\d+) of 4000 images are in .*; the same command goes on", s)[1] for s in said
+        re.search(r"error: SIGTERM: (\d+) of 4000 images are in .*; the same command continues", s)[1] for s in said
     }
     assert counts == {str(8 * len(list(tmp_path.glob("out/parts/*.npy"))))}
     done = two(*sample, "--seed=1")

@@ -88,6 +88,7 @@ def test_it_is_fine_tuned_and_guides(saved, tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_it_is_continued(saved):
     run, expected = saved
     command("main", f"--config={ROOT}/tests/configs/saved.py:{run}", f"--workdir={run}")
