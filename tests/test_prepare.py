@@ -245,7 +245,7 @@ def finished(prepare, tmp_path_factory):
     assert code == 0, stderr
     assert "image 120/120" in stderr
     assert "images/s" in stderr
-    assert f"latents of 120 images in {output}" in stderr
+    assert f"latents of 120 images are in {output}" in stderr
     return output
 
 

@@ -1,4 +1,4 @@
-"""The data that a configuration asks for, and whether the two fit together."""
+"""Opens the data of a configuration, and checks that the two fit together."""
 
 from sddit_jax.config.schema import Config
 from sddit_jax.data.image_sources import Source
@@ -9,8 +9,8 @@ from sddit_jax.errors import ConfigError
 def open_configured(config: Config) -> Source:
     """The source of a run's records.
 
-    Raises DataError if it cannot be read, and ConfigError if it has another number of classes than the model, or comes
-    from an autoencoder with another mean or scale than the codec's.
+    Raises DataError if the data cannot be read, and ConfigError if it has another number of classes than the model, or
+    its autoencoder another mean or scale than the codec.
     """
     m = config.model
     source = open_source(
@@ -27,8 +27,8 @@ def open_configured(config: Config) -> Source:
             values = getattr(config.codec, key)
             if len(values) == 1 and values != (found,):
                 raise ConfigError(
-                    f"codec.{key} is {values}, but the autoencoder of {source.name} has ({found},); to scale the "
-                    f"channels otherwise on purpose, give a value for each"
+                    f"codec.{key} is {values}, but the autoencoder of {source.name} has ({found},); to use another "
+                    "value on purpose, give one for each channel"
                 )
     if m.num_classes and source.num_classes != m.num_classes:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""One image file -> one square uint8 array, prepared as ADM does (Dhariwal and Nichol, 2021)."""
+"""Reads an image file as a square uint8 array, cropped as ADM does (Dhariwal & Nichol 2021)."""
 
 import struct
 from os import PathLike
@@ -7,29 +7,28 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# Only these decoders ever see a file, whatever its suffix says: Pillow's others are larger targets.
+# Only these decoders see a file, whatever its suffix says: Pillow's other decoders are easier to attack.
 FORMATS = ("PNG", "JPEG", "WEBP")
 
-# The longer side grows with the shorter one, so a thin enough image is a decompression bomb.
+# Scaling the shorter side of a very thin image to `size` would make the longer side huge.
 MAX_ASPECT = 100
 
-# Pillow has no error of its own for a damaged file: truncated and unreadable ones are OSError, a
-# broken PNG chunk is SyntaxError, impossible headers are ValueError, damaged EXIF struct.error.
+# Pillow has no error of its own for a damaged file. It raises OSError for a truncated or unreadable one, SyntaxError
+# for a broken PNG chunk, ValueError for an impossible header, and struct.error for damaged EXIF.
 _DECODER_ERRORS = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 
 
 class BadImageError(Exception):
-    """A file that is not a usable image; the message is the reason."""
+    """A file that is not a usable image. The message is the reason."""
 
 
 def read_image(file: str | PathLike[str] | BinaryIO, *, size: int, channels: int) -> np.ndarray:
-    """Decodes a PNG, JPEG or WebP file to uint8 [size, size, channels], upright and opaque.
+    """Decodes a PNG, JPEG or WebP file to uint8 [size, size, channels], grey (1 channel) or RGB (3).
 
-    EXIF orientation is applied, transparency is laid over white, 16-bit grey keeps its high byte
-    (as Pillow itself does with 16-bit RGB), and everything becomes grey (1 channel) or RGB (3).
+    EXIF orientation is applied, transparent pixels are laid over white, and 16-bit grey keeps its high byte, as Pillow
+    does with 16-bit RGB.
 
-    Raises:
-      BadImageError: not such a file, damaged, unreadable, a decompression bomb, or too thin.
+    Raises BadImageError: the file has another format, is damaged or unreadable, is a decompression bomb, or too thin.
     """
     try:
         with Image.open(file, formats=FORMATS) as image:
@@ -42,13 +41,12 @@ def read_image(file: str | PathLike[str] | BinaryIO, *, size: int, channels: int
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Scales the shorter side to `size` and keeps the central size x size square, as ADM does.
+    """Scales the shorter side to `size` and keeps the central square, as ADM does.
 
-    Bicubic filtering alone would alias a large reduction, so the image is first halved with a box
-    filter for as long as its shorter side stays at or above `size`.
+    A bicubic filter alone would alias a large reduction, so the image is first halved with a box filter while its
+    shorter side stays at or above `size`.
 
-    Raises:
-      BadImageError: the longer side is more than `MAX_ASPECT` times the shorter one.
+    Raises BadImageError if the longer side is more than `MAX_ASPECT` times the shorter one.
     """
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise BadImageError(f"{image.width}x{image.height} is thinner than 1:{MAX_ASPECT}")
@@ -61,7 +59,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def _opaque(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
+    if image.mode.startswith("I"):  # Pillow's conversion of 16-bit grey would clip at 255.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")

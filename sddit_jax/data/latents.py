@@ -1,5 +1,6 @@
-"""Latents as a source: from their shards, or all from memory."""
+"""Latents as a source of records, read from their shards or held in memory."""
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,17 +11,18 @@ from sddit_jax.data.shards import FORMAT, INDEX, Moments, RecordLayout
 from sddit_jax.errors import DataError
 from sddit_jax.files import read_json, sha256_of, undamaged
 
-# For random access: the default reads 16 MB ahead.
+# By default ArrayRecord reads 16 MB ahead, which random access does not use.
 _OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 _BUFFER_BYTES = 1 << 15
+_THREADS = 16
 _AGAIN = "delete it and run the same `python -m sddit_jax.prepare` again"
 
 
 class LatentsSource:
-    """The `Source` of a folder of latents: from its shards, or with `in_memory` from one array that holds all.
+    """The `Source` of a folder of latents.
 
     Attributes, beside those of `Source`:
-      statistics: {mean, std}, each a value per channel, of latents as diffusion sees them: shifted and scaled.
+      statistics: {mean, std}, lists with a value per channel, of shifted and scaled latents, as diffusion sees them.
     """
 
     def __init__(
@@ -31,25 +33,23 @@ class LatentsSource:
         *,
         in_memory: bool = False,
         verify: bool = False,
-        num_threads: int = 16,
     ) -> None:
         """Opens the shards.
 
-        in_memory: loads them all: two mirror images at 256 pixels take 32 KiB, and 1.28 million of these 42 GB.
-        verify: compares the checksum of each shard first. Without it a damaged record is still found when it is read,
-          but not a shard that has been exchanged for another of the same size.
-        num_threads: of loading and verifying.
+        image_shape: (h, w, c) of the latents. in_memory: loads all shards; an image of 256 pixels and its mirror image
+        take 32 KiB, and 1.28 million of them 42 GB. verify: compares the checksum of each shard. A damaged record is
+        found without it, when it is read, but not a shard that was exchanged for another of the same size.
 
-        Raises:
-          DataError: a file is missing, damaged or does not match the others, or the latents are not those asked for.
+        Raises DataError: a file is missing, damaged or does not match the others, or the latents have another split or
+        shape.
         """
         if not (path / INDEX).exists():
-            raise DataError(f"{path / INDEX} is missing; it is written when all latents are there")
+            raise DataError(f"{path / INDEX} is missing; `python -m sddit_jax.prepare` writes it when it is done")
         index = read_json(path / INDEX, DataError)
         with undamaged(path / INDEX, DataError):
             if index["format"] != FORMAT:
                 raise DataError(
-                    f"{path} has the format {index['format']}; this version reads {FORMAT}: prepare it again"
+                    f"{path} has the format {index['format']}; this version reads {FORMAT}: prepare the latents again"
                 )
             shape, found = tuple(index["latent_shape"]), index["split"]
             self._layout = RecordLayout(shape)
@@ -71,10 +71,9 @@ class LatentsSource:
         self.image_shape = image_shape
         self.bad_files: dict[str, str] = {}
 
-        with ThreadPoolExecutor(num_threads) as pool:
-            self._readers = list(pool.map(_open_shard, self._paths, self._counts.tolist(), sizes))
-            if verify:
-                list(pool.map(_verify, self._paths, digests))
+        with ThreadPoolExecutor(_THREADS) as pool:
+            expected = digests if verify else itertools.repeat(None)
+            self._readers = list(pool.map(_open_shard, self._paths, self._counts.tolist(), sizes, expected))
             list(pool.map(self._check_layout, np.flatnonzero(self._counts).tolist()))
             self._memory = self._load(pool) if in_memory else None
 
@@ -85,10 +84,8 @@ class LatentsSource:
     def read(self, indices_b: np.ndarray, mirrored_b: np.ndarray) -> dict[str, np.ndarray]:
         """{moments: float16 [b, 2 (mean, std), h, w, c], label: int32 [b], index: int64 [b]} of records int64 [b].
 
-        mirrored_b: bool [b], whose mirror images' moments. index: the image's number in the source of the latents.
-
-        Raises:
-          DataError: a shard is damaged or has vanished.
+        mirrored_b: bool [b]; gives the moments of the mirror image. index: the image's number when the latents were
+        made. Raises DataError if a shard is damaged or has vanished.
         """
         if self._memory is not None:
             halves, label_N, index_N = self._memory
@@ -100,7 +97,7 @@ class LatentsSource:
             taken_bytes, ends = memoryview(taken), []
             shard_b = np.searchsorted(self._ends, indices_b, side="right")
             place_b = indices_b - (self._ends - self._counts)[shard_b]
-            # One by one: ArrayRecord's own reading of several is slower, and leaves the cache behind.
+            # ArrayRecord's reading of several records at a time is slower, and uses the processor's cache badly.
             where = zip(shard_b.tolist(), place_b.tolist(), mirrored_b.tolist(), strict=True)
             for row, (shard, place, mirrored) in enumerate(where):
                 record = self._record(shard, place)
@@ -111,24 +108,24 @@ class LatentsSource:
         return {"moments": moments, "label": label_b, "index": index_b}
 
     def _record(self, shard: int, place: int) -> bytes:
-        """A record of a shard. Raises DataError if it is damaged, which ArrayRecord's own checksums tell."""
+        """A record of a shard. Raises DataError if it is damaged, by ArrayRecord's checksums."""
         try:
             record = self._readers[shard].read([place])[0]
             if len(record) != self._layout.size:
                 raise ValueError(f"record {place} has {len(record)} bytes instead of {self._layout.size}")
-        except (RuntimeError, ValueError) as error:  # RuntimeError is what ArrayRecord raises for all that it meets.
+        except (RuntimeError, ValueError) as error:  # ArrayRecord raises RuntimeError for everything.
             raise DataError(f"{self._paths[shard]} is damaged: {error}; {_AGAIN}") from error
         return record
 
     def _check_layout(self, shard: int) -> None:
-        """Parses the first record as far as that is needed: all others are laid out like it."""
+        """Checks the first record of a shard, since all records of a shard are laid out alike."""
         try:
             self._layout.check(self._record(shard, 0))
         except ValueError as error:
             raise DataError(f"{self._paths[shard]} does not fit {INDEX}: {error}") from error
 
     def _load(self, pool: ThreadPoolExecutor) -> Moments:
-        """All halves, uint8 [2 N, bytes], with label [N] and index [N]."""
+        """The halves of all records, uint8 [2 N, bytes], label [N] and index [N]."""
         halves = np.empty((2 * len(self), self._layout.half_bytes), np.uint8)
         label_N, index_N = np.empty(len(self), np.int32), np.empty(len(self), np.int64)
 
@@ -146,8 +143,8 @@ class LatentsSource:
         return halves, label_N, index_N
 
 
-def _open_shard(path: Path, count: int, size: int) -> ArrayRecordReader:
-    """A reader, after comparing the shard with what latents.json says."""
+def _open_shard(path: Path, count: int, size: int, digest: str | None) -> ArrayRecordReader:
+    """A reader of a shard with so many records and bytes, and with this SHA-256 unless it is None."""
     try:
         actual = path.stat().st_size
         reader = ArrayRecordReader(str(path), _OPTIONS, file_reader_buffer_size=_BUFFER_BYTES)
@@ -157,9 +154,6 @@ def _open_shard(path: Path, count: int, size: int) -> ArrayRecordReader:
         raise DataError(
             f"{path} has {reader.num_records()} records and {actual} bytes instead of {count} and {size}; {_AGAIN}"
         )
-    return reader
-
-
-def _verify(path: Path, digest: str) -> None:
-    if sha256_of(path) != digest:
+    if digest is not None and sha256_of(path) != digest:
         raise DataError(f"{path} is not what was written: its SHA-256 is not the one in {INDEX}; {_AGAIN}")
+    return reader

@@ -1,4 +1,4 @@
-"""Batches as a pure function of (seed, step, row), read ahead by threads."""
+"""Batches whose rows are a pure function of (seed, step, row), read ahead by threads."""
 
 import functools
 import sys
@@ -25,34 +25,33 @@ def make_loader(
 ) -> grain.DatasetIterator[Batch]:
     """Returns the endless batches of steps start_step, start_step + 1, ...
 
-    Row r of step s is at position p = s * batch_size + r of an endless sequence: epochs, each one
-    a permutation of all records, one after another. Everything about the row is a function of
-    (seed, p), so that neither the number of processes nor an interruption can change it.
+    Epochs, each a permutation of all records, follow one another in an endless sequence. Row r of step s has the
+    record at position p = s * batch_size + r of the sequence. The row is a function of (seed, p) alone, so neither the
+    number of processes nor an interruption changes it.
 
     Args:
       source: the records.
       batch_size: rows of the global batch, of all processes together.
-      rows: which of them this process loads, b in number, in this order.
+      rows: the b rows that this process loads, in this order.
       seed: of the order and of the flips, in [0, 2**64).
       start_step: the step of the first batch; nothing before it is read.
       flip: mirrors each record left to right with probability 1/2.
-      num_threads: reading threads; each prepares a whole batch. 0 reads in the caller; latents in memory are read
-        fastest by one.
-      prefetch: batches prepared ahead of the caller, hence the most threads that can be busy.
+      num_threads: reading threads; each prepares a whole batch. 0 reads in the caller. One is fastest for latents in
+        memory.
+      prefetch: batches prepared ahead of the caller; no more threads than these can be busy.
 
     Returns:
-      An iterator over what `source.read` gives: {image: uint8 [b, H, W, C] or, of latents, moments: float16
-      [b, 2, H, W, C]; label: int32 [b]; index: int64 [b]}, host arrays that the caller owns. It reads from now on;
-      `close()` stops its threads.
+      An iterator over host arrays as `source.read` returns them. Its threads start at once; `close()` stops them.
 
-    Raises:
-      DataError: an argument is out of range; while iterating, also whatever the source raises.
+    Raises DataError if an argument is out of range; while iterating, also whatever the source raises.
     """
-    rows_b = _checked_rows(rows, batch_size)
+    rows_b = np.asarray(rows, np.int64)
+    if rows_b.ndim != 1 or not rows_b.size or rows_b.min() < 0 or rows_b.max() >= batch_size:
+        raise DataError(f"batch_size={batch_size}, rows={rows}: expected rows in [0, batch_size)")
     if not 0 <= seed < 2**64 or min(start_step, num_threads, prefetch) < 0:
         raise DataError(
-            f"seed={seed}, start_step={start_step}, num_threads={num_threads}, "
-            f"prefetch={prefetch}: expected none negative, and the seed below 2**64"
+            f"seed={seed}, start_step={start_step}, num_threads={num_threads}, prefetch={prefetch}: expected none "
+            "negative, and the seed below 2**64"
         )
     records = _endless_order(len(source), seed)
 
@@ -60,7 +59,7 @@ def make_loader(
         first = step * batch_size
         mirrored_b = np.zeros(len(rows_b), bool)
         if flip:
-            mirrored_b = (_words(seed, 0, first, 4 * batch_size)[4 * rows_b] & 1).astype(bool)
+            mirrored_b = (random_words(seed, 0, first, 4 * batch_size)[4 * rows_b] & 1).astype(bool)
         return source.read(records(first + rows_b), mirrored_b)
 
     batches = iter(
@@ -72,21 +71,15 @@ def make_loader(
     return batches
 
 
-def _checked_rows(rows: Sequence[int] | np.ndarray, batch_size: int) -> np.ndarray:
-    rows_b = np.asarray(rows, np.int64)
-    if rows_b.ndim != 1 or not rows_b.size or rows_b.min() < 0 or rows_b.max() >= batch_size:
-        raise DataError(f"batch_size={batch_size}, rows={rows}: expected rows in [0, batch_size)")
-    return rows_b
-
-
 def _endless_order(size: int, seed: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Positions int64 [b] in the endless sequence -> which of the `size` records are there [b]; for many threads."""
+    """A function from positions int64 [b] in the endless sequence to numbers of records [b], for many threads."""
 
-    # Two, because around the end of an epoch threads read in both; the first of them sorts, and the others wait.
+    # Around the end of an epoch, threads need the orders of two epochs.
     @functools.lru_cache(maxsize=2)
     def sorted_order(epoch: int) -> np.ndarray:
-        return np.argsort(_words(seed, epoch + 1, 0, size), kind="stable")
+        return np.argsort(random_words(seed, epoch + 1, 0, size), kind="stable")
 
+    # One thread sorts, and the others wait for its result.
     sorting = threading.Lock()
 
     def records(position_b: np.ndarray) -> np.ndarray:
@@ -101,11 +94,11 @@ def _endless_order(size: int, seed: int) -> Callable[[np.ndarray], np.ndarray]:
     return records
 
 
-def _words(seed: int, stream: int, first: int, count: int) -> np.ndarray:
-    """Returns uint64 [count] random words of blocks first, first + 1, ..., four words in a block.
+def random_words(seed: int, stream: int, first: int, count: int) -> np.ndarray:
+    """Random words uint64 [count] of blocks first, first + 1, ... of a stream, four words in a block.
 
-    Philox is a function of key and block, so any block costs the same; and unlike the methods of
-    its Generator, NumPy promises its words to be the same in every version.
+    Philox computes any block at the same cost. NumPy keeps its words the same in every version, which it does not
+    promise for the methods of a Generator.
     """
     key = np.array([seed, stream], np.uint64)
     return np.random.Philox(key=key, counter=first).random_raw(count)

@@ -1,6 +1,7 @@
-"""Latents of images: read ahead by threads, encoded with their mirror images on all devices, written by shards."""
+"""Prepares latents: threads read images ahead, all devices encode them and their mirror images, shard by shard."""
 
 import hashlib
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -31,9 +32,9 @@ OpenProgress = Callable[[int, int], AbstractContextManager[Callable[[int, str], 
 
 
 def make_encode(autoencoder: Autoencoder, params: Any, mesh: jax.sharding.Mesh, batch_size: int) -> Encode:
-    """uint8 images [b, H, W, C] -> moments float16 [B, 2, 2, h, w, c]; axis 1: image, mirror image; axis 2: mean, std.
+    """A function from uint8 images [b, H, W, C] to moments float16 [B, 2 (image, mirror), 2 (mean, std), h, w, c].
 
-    B is `batch_size` rounded up to the devices, over which the rows are split; those behind the first b are of no use.
+    B is `batch_size` rounded up to a multiple of the devices, over which the rows are split. The first b rows count.
     """
     params = jax.device_put({"encoder": params["encoder"]}, replicated(mesh))
 
@@ -49,28 +50,25 @@ def make_encode(autoencoder: Autoencoder, params: Any, mesh: jax.sharding.Mesh, 
 
 
 def make_plan(
-    source: ImageSource,
-    split: str,
-    autoencoder: Autoencoder,
-    params: Any,
-    *,
-    batch_size: int,
-    records_per_shard: int,
+    source: ImageSource, split: str, autoencoder: Autoencoder, params: Any, *, batch_size: int, records_per_shard: int
 ) -> shards.Plan:
-    """What is to be written.
+    """The plan of the latents of a source.
 
-    Raises ConfigError for a resolution that the autoencoder does not take, DataError for class names that TFDS would
-    not give back.
+    Raises ConfigError for a resolution that the autoencoder does not take, and DataError for class names that TFDS
+    cannot store.
     """
     for name in source.class_names:
         if name != name.strip() or "\n" in name or not name.isprintable():
-            raise DataError(f"{source.name}: class {name!r} cannot be written to a text file and read again; rename it")
+            raise DataError(
+                f"{source.name}: class {name!r} has spaces at its ends or characters that cannot be printed, which "
+                "TFDS does not store; rename it"
+            )
     image_BHWC = jax.ShapeDtypeStruct((1, *source.image_shape), jnp.uint8)
     latent = jax.eval_shape(autoencoder.encode, params, image_BHWC)[0]
     config = autoencoder.config
     codec = {
         "name": "latents",
-        # Of the encoder alone: decoders that were tuned afterwards decode the same latents.
+        # Without the decoder: other decoders, tuned for the same encoder, decode these latents too.
         "weights": weights_hash(params["encoder"]),
         "channels": config.latent_channels,
         "factor": autoencoder.factor,
@@ -105,14 +103,14 @@ def prepare(
     process_count: int = 1,
     open_progress: OpenProgress = lambda total, done: nullcontext(lambda done, words: None),
 ) -> None:
-    """Writes this process's shards that are not there yet, waits for those of others, and completes the folder.
+    """Writes the missing shards of this process, waits for those of the others, and completes the folder.
 
-    Shard k is the work of process k % process_count. open_progress(total, done) gives a context with show(done, words),
-    which is called as images of this process are encoded.
+    Process i writes the shards k with k % process_count == i, and process 0 completes the folder. open_progress(total,
+    done) returns a context manager whose value is called as show(done, words) while this process encodes its images.
 
     Raises:
-      DataError: the folder is that of another plan, cannot be written, or not one image can be read.
-      Interrupted: by a signal.
+      DataError: the folder has another plan or cannot be written, or not one image can be read.
+      Interrupted: a signal came.
     """
     shards.begin(output, plan)
     own = range(process_index, plan.num_shards, process_count)
@@ -124,7 +122,7 @@ def prepare(
 
         def check_signals() -> None:
             if signals:
-                raise Interrupted(f"{signals[0]}: finished shards are kept in {output}; the same command goes on")
+                raise Interrupted(f"{signals[0]}: finished shards are kept in {output}; the same command continues")
 
         def watched(batches: Iterator[shards.Moments], done: int, first: int) -> Iterator[shards.Moments]:
             for moments, label, index in batches:
@@ -136,58 +134,43 @@ def prepare(
         done = 0
         for shard in missing:
             images, bad_files = plan.images(shard), {}
-            read = read_ahead(pool, _reader(source), images, ahead=2 * plan.batch_size)
-            batches = _encoded(encode, _batches(source, read, plan.batch_size, bad_files))
+            read = _batches(source, pool, images, plan.batch_size, bad_files)
+            begun = ((encode(image_bHWC), label, number) for image_bHWC, label, number in read)
+            # The devices compute a batch while the batch before is written.
+            batches = ((gather_rows(m, len(label)), label, number) for m, label, number in begun_ahead(begun))
             shards.write_shard(output, plan, shard, watched(batches, done, images.start), bad_files)
             done += len(images)
         if shards.unfinished(output, plan):
-            log.info("process %d has written its shards, and waits for the others", process_index)
+            log.info("process %d has written its shards, and waits for the other processes", process_index)
         while shards.unfinished(output, plan):
             check_signals()
             time.sleep(1)
     if process_index == 0:
         records = shards.finish(output, plan)
-        log.info("latents of %d images in %s", records, output)
+        log.info("latents of %d images are in %s", records, output)
         if bad := plan.source_records - records:
-            log.warning("%d images could not be read and are left out: %s", bad, output / shards.BAD_FILES)
+            log.warning("%d images could not be read and are left out: see %s", bad, output / shards.BAD_FILES)
 
 
-def _reader(source: ImageSource) -> Callable[[int], tuple[int, Any]]:
-    """read(number) -> the number, and what `source.load` gives or the BadImageError that it raises."""
+def _batches(
+    source: ImageSource, pool: ThreadPoolExecutor, numbers: range, batch_size: int, bad_files: dict[str, str]
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Images uint8 [b, H, W, C], label and number [b] of the good images; b is `batch_size`, and less at the end."""
 
-    def read(number: int) -> tuple[int, Any]:
+    def read(number: int) -> tuple[int, tuple[np.ndarray, int] | BadImageError]:
         try:
             return number, source.load(number)
         except BadImageError as error:
             return number, error
 
-    return read
+    def good() -> Iterator[tuple[np.ndarray, int, int]]:
+        for number, result in read_ahead(pool, read, numbers, ahead=2 * batch_size):
+            if isinstance(result, BadImageError):
+                bad_files[source.locate(number)] = str(result)
+            else:
+                yield *result, number
 
-
-def _batches(
-    source: ImageSource, read: Iterator[tuple[int, Any]], batch_size: int, bad_files: dict[str, str]
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Images uint8 [b, H, W, C], label and number [b]; b is `batch_size`, and less for the last ones."""
-    rows = []
-    for number, result in read:
-        if isinstance(result, BadImageError):
-            bad_files[source.locate(number)] = str(result)
-            continue
-        rows.append((*result, number))
-        if len(rows) == batch_size:
-            yield _stacked(rows)
-            rows = []
-    if rows:
-        yield _stacked(rows)
-
-
-def _stacked(rows: list[tuple[np.ndarray, int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    images, label, number = zip(*rows, strict=True)
-    return np.stack(images), np.array(label, np.int32), np.array(number, np.int64)
-
-
-def _encoded(encode: Encode, batches: Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Iterator[shards.Moments]:
-    """Moments, label and number of the images. The device computes a batch while the one before is written."""
-    begun = ((encode(image_bHWC), label, number) for image_bHWC, label, number in batches)
-    for moments, label, number in begun_ahead(begun):
-        yield gather_rows(moments, len(label)), label, number
+    rows = good()
+    while batch := list(itertools.islice(rows, batch_size)):
+        images, label, number = zip(*batch, strict=True)
+        yield np.stack(images), np.array(label, np.int32), np.array(number, np.int64)

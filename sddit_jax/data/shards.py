@@ -1,15 +1,15 @@
-"""Latents that are computed once: the files that they are in, and how these are written.
+"""Folders of latents, and how they are written.
 
 A folder of latents holds
 
     latents-SPLIT.array_record-SSSSS-of-NNNNN    the records, uncompressed
-    latents.json       what they are: codec, classes, statistics, and each shard with its checksum; written last
+    latents.json       codec, classes, statistics, and each shard with its checksum; written last
     bad_files.json     the images that were left out, and why
     dataset_info.json, features.json, ...        for TFDS, whose builder_from_directory opens the folder
-    progress/          what goes on after an interruption; of no use once latents.json is there
+    progress/          the plan and the finished shards, for going on; not needed once latents.json is there
 
-A record is a tf.train.Example of moments, label and index: in float16 the mean and the standard deviation of an image's
-latents and of its mirror image's (latents cannot be mirrored themselves), and the image's number in the source.
+A record is a tf.train.Example of moments, label and index. moments, float16: the mean and the standard deviation of the
+latents of an image and of its mirror image, since latents cannot be mirrored. index: the image's number in the source.
 """
 
 import dataclasses
@@ -20,10 +20,11 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
-import flax.traverse_util
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
+from flax.traverse_util import flatten_dict
 
+from sddit_jax.data.image_sources import few
 from sddit_jax.errors import DataError
 from sddit_jax.files import explained, read_json, sha256_of, whole, write_json
 
@@ -31,26 +32,26 @@ FORMAT = 1
 INDEX = "latents.json"
 BAD_FILES = "bad_files.json"
 PROGRESS = "progress"
-PLAN = "plan.json"
-# One record at a time can be read only from groups of one. Float16 noise hardly shrinks, and reads three times slower.
+# A single record can be read only from a group of one. Compression hardly shrinks float16 noise, and triples the time
+# of reading.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 
-# Of label and index: seven bits in each byte.
+# Bytes of a label and of an index, with seven bits in each byte.
 _VARINT_BYTES = 5
-# moments, label, index; mean and standard deviation are axis 2.
+# moments float16 [b, 2 (image, mirror image), 2 (mean, std), h, w, c], label int [b], index int [b].
 Moments = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All that the bytes of a folder of latents follow from, as far as a second run could ask for something else.
+    """Everything that the bytes of a folder follow from. A command with another plan may not continue the folder.
 
-    source, source_split, source_records, source_files: the images: as the user calls them, how many there are, and a
-      hash of their names.
-    codec: the record of the autoencoder: its weights' hash, how latents are scaled, and the images' resolution.
+    source, source_split, source_records: the user's name of the images, their split, and their number.
+    source_files: hash of the images' names.
+    codec: the record of the autoencoder: hash of its weights, scaling of latents, resolution of the images.
     latent_shape: (h, w, c).
-    batch_size, dtype: rounding depends on them.
-    records_per_shard: shard k is made of images k * records_per_shard and on, and has fewer records if some are bad.
+    batch_size, dtype: the rounding of latents depends on them.
+    records_per_shard: shard k has the images from k * records_per_shard on, without the bad ones.
     """
 
     source: str
@@ -71,7 +72,7 @@ class Plan:
 
     @property
     def num_shards(self) -> int:
-        """How many shards there are."""
+        """The number of shards."""
         return -(-self.source_records // self.records_per_shard)
 
     def images(self, shard: int) -> range:
@@ -84,57 +85,51 @@ class Plan:
         return f"latents-{self.split}.array_record-{shard:05d}-of-{self.num_shards:05d}"
 
     def to_json(self) -> dict[str, Any]:
-        """As it is read back from a JSON file."""
+        """The values as a JSON file gives them back: lists in place of tuples."""
         return json.loads(json.dumps({"format": FORMAT} | dataclasses.asdict(self)))
 
 
 class RecordLayout:
-    """The bytes of a record: a tf.train.Example in which all but the values is the same bytes at the same places.
+    """The bytes of a record: a tf.train.Example in which moments, label and index always have the same places.
 
-    Protocol buffers allow a varint to be longer than it has to be, which gives label and index the same length in all
-    records. So a record is read without a parser: with that of protobuf, reading takes a third more of a processor's
-    time, with that of TFDS six times as much. latent_shape: (h, w, c).
+    Protocol buffers allow a varint that is longer than necessary, so label and index have one length in all records,
+    and a record is read without a parser. protobuf's parser takes a third more processor time, and TFDS's six times as
+    much. latent_shape: (h, w, c).
     """
 
     def __init__(self, latent_shape: tuple[int, int, int]) -> None:
         self.shape = (2, 2, *latent_shape)
         self.half_bytes = 4 * int(np.prod(latent_shape))
-        label, index = (_feature(name, 3, _varint(0, _VARINT_BYTES)) for name in (b"label", b"index"))
+        label, index = _integer(b"label", 0), _integer(b"index", 0)
         record = _field(1, _feature(b"moments", 1, bytes(2 * self.half_bytes)) + label + index)
-        self.size = len(record)
-        self.end_bytes = len(label + index)
+        self.size, self.end_bytes, self._label_bytes = len(record), len(label + index), len(label)
         self._start = record[: -2 * self.half_bytes - self.end_bytes]
-        self._start_bytes = len(self._start)
-        # What comes before a value, and where.
-        self._heads = (
-            (self._start, 0),
-            (label[:-_VARINT_BYTES], self.size - self.end_bytes),
-            (index[:-_VARINT_BYTES], self.size - len(index)),
-        )
-        self._label = slice(len(label) - _VARINT_BYTES, len(label))
-        self._index = slice(self.end_bytes - _VARINT_BYTES, self.end_bytes)
 
     def pack(self, moments: np.ndarray, label: int, index: int) -> bytes:
-        """The record of moments [2 (mirrored), 2 (mean, std), h, w, c], a label and an image's number."""
-        end = zip((b"label", b"index"), (label, index), strict=True)
-        features = [_feature(name, 3, _varint(int(value), _VARINT_BYTES)) for name, value in end]
-        return b"".join([self._start, moments.astype("<f2", copy=False).tobytes(), *features])
+        """The record of moments [2 (image, mirror image), 2 (mean, std), h, w, c], a label and an image's number."""
+        content = moments.astype("<f2", copy=False).tobytes()
+        return self._start + content + _integer(b"label", label) + _integer(b"index", index)
 
     def check(self, record: bytes) -> None:
-        """Raises ValueError for a record of another layout."""
-        if len(record) != self.size or not all(record.startswith(head, at) for head, at in self._heads):
+        """Raises ValueError for a record of another layout: one that `pack` would not write for its own values."""
+        label_1, index_1 = self.labels([record[-self.end_bytes :]])
+        end = _integer(b"label", label_1[0]) + _integer(b"index", index_1[0])
+        if len(record) != self.size or not (record.startswith(self._start) and record.endswith(end)):
             raise ValueError(f"its records are not moments {list(self.shape)}, label and index")
 
     def half(self, record: bytes, mirrored: bool) -> memoryview:
         """The bytes of mean and standard deviation, float16 [2, h, w, c], of the image or of its mirror image."""
-        start = self._start_bytes + mirrored * self.half_bytes
+        start = len(self._start) + mirrored * self.half_bytes
         return memoryview(record)[start : start + self.half_bytes]
 
     def labels(self, ends: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """label int32 [b] and index int64 [b] from the last `end_bytes` bytes of records."""
+        """label int32 [b] and index int64 [b] from the last `end_bytes` bytes of b records."""
         end_bX = np.frombuffer(b"".join(ends), np.uint8).reshape(-1, self.end_bytes)
         powers = 128 ** np.arange(_VARINT_BYTES)
-        label_b, index_b = ((end_bX[:, at] & 127).astype(np.int64) @ powers for at in (self._label, self._index))
+        label_b, index_b = (
+            (end_bX[:, stop - _VARINT_BYTES : stop] & 127).astype(np.int64) @ powers
+            for stop in (self._label_bytes, self.end_bytes)
+        )
         return label_b.astype(np.int32), index_b
 
 
@@ -154,38 +149,39 @@ def _feature(name: bytes, kind: int, value: bytes) -> bytes:
     return _field(1, _field(1, name) + _field(2, _field(kind, _field(1, value))))
 
 
+def _integer(name: bytes, value: int) -> bytes:
+    return _feature(name, 3, _varint(int(value), _VARINT_BYTES))
+
+
 def begin(folder: Path, plan: Plan) -> None:
     """Makes the folder, or checks that it can be continued.
 
-    Raises:
-      DataError: the folder cannot be written, or holds latents of another plan.
+    Raises DataError if the folder cannot be written, or holds latents of another plan.
     """
-    path = folder / PROGRESS / PLAN
+    path = folder / PROGRESS / "plan.json"
     with _writing(folder):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             write_json(path, plan.to_json())
-    found, wanted = _flat(read_json(path, DataError)), _flat(plan.to_json())
+    found, wanted = (flatten_dict(each, sep=".") for each in (read_json(path, DataError), plan.to_json()))
     changed = [
         f"{key} {found.get(key)!r} instead of {wanted[key]!r}" for key in wanted if found.get(key) != wanted[key]
     ]
     if changed:
-        raise DataError(f"{folder} holds other latents: {_short(changed)}; use another folder")
+        raise DataError(f"{folder} holds other latents: {few(changed)}; use another folder")
 
 
 def unfinished(folder: Path, plan: Plan) -> list[int]:
-    """The shards that are still to be written."""
+    """The numbers of the shards that are not written yet."""
     return [shard for shard in range(plan.num_shards) if _finished(folder, plan, shard) is None]
 
 
 def write_shard(folder: Path, plan: Plan, shard: int, batches: Iterable[Moments], bad_files: dict[str, str]) -> None:
-    """Writes a shard whole or not at all, from batches of its records in order.
+    """Writes a shard, whole or not at all.
 
-    batches: (moments float16 [b, 2, 2, h, w, c], label [b], index [b]). bad_files: what was left out of them, and why;
-    complete when `batches` ends.
+    batches: the shard's records in order. bad_files: images that are left out -> why; complete when `batches` ends.
 
-    Raises:
-      DataError: it cannot be written, or values are not finite.
+    Raises DataError if the shard cannot be written, or a value is not finite.
     """
     path = folder / plan.shard_name(shard)
     layout = RecordLayout(plan.latent_shape)
@@ -198,7 +194,7 @@ def write_shard(folder: Path, plan: Plan, shard: int, batches: Iterable[Moments]
             if not np.isfinite(moments).all():
                 raise DataError(
                     f"{plan.source}: latents of images {index[0]} to {index[-1]} are not finite in float16; check the "
-                    "autoencoder's weights"
+                    "weights of the autoencoder"
                 )
             with _writing(path):
                 for record in zip(moments, label, index, strict=True):
@@ -214,18 +210,15 @@ def write_shard(folder: Path, plan: Plan, shard: int, batches: Iterable[Moments]
 
 
 def finish(folder: Path, plan: Plan) -> int:
-    """Writes what describes the shards, which are all there; returns the number of records. Can be done again.
+    """Completes a folder whose shards are all written. Returns the number of records.
 
-    Raises:
-      DataError: the folder cannot be written, or not one image could be read.
+    Raises DataError if the folder cannot be written, or not one image could be read.
     """
     shards = [_finished(folder, plan, shard) for shard in range(plan.num_shards)]
     records = [shard["records"] for shard in shards]
     bad_files = {name: reason for shard in shards for name, reason in shard["bad_files"].items()}
     if not sum(records):
-        raise DataError(
-            f"{plan.source}: not one of {plan.source_records} images can be read; {_short(bad_files.items())}"
-        )
+        raise DataError(f"{plan.source}: not one of {plan.source_records} images can be read; {few(bad_files.items())}")
     description = plan.to_json() | {
         "split": plan.split,
         "records": sum(records),
@@ -242,16 +235,12 @@ def finish(folder: Path, plan: Plan) -> int:
     return sum(records)
 
 
-def _flat(tree: dict[str, Any]) -> dict[str, Any]:
-    return flax.traverse_util.flatten_dict(tree, sep=".")
-
-
 def _note(folder: Path, shard: int) -> Path:
     return folder / PROGRESS / f"{shard:05d}.json"
 
 
 def _finished(folder: Path, plan: Plan, shard: int) -> dict[str, Any] | None:
-    """What `write_shard` noted of a shard, or None if it is to be written."""
+    """The note of `write_shard` about a shard; None if the shard is not written yet."""
     note, path = _note(folder, shard), folder / plan.shard_name(shard)
     if not (note.exists() and path.exists()):
         return None
@@ -260,14 +249,17 @@ def _finished(folder: Path, plan: Plan, shard: int) -> dict[str, Any] | None:
 
 
 def _sums(moments: np.ndarray) -> np.ndarray:
-    """float64 [3, c]: sums of mean, mean^2 and std^2."""
+    """float64 [3, c]: the sums of mean, mean^2 and std^2 over all moments."""
     mean, std = moments.astype(np.float32).transpose(2, 0, 1, 3, 4, 5).reshape(2, -1, moments.shape[-1])
     squares = (np.einsum("nc,nc->c", x, x, dtype=np.float64) for x in (mean, std))
     return np.stack([mean.sum(0, dtype=np.float64), *squares])
 
 
 def _statistics(sums: np.ndarray, records: int, plan: Plan) -> dict[str, list[float]]:
-    """Mean and standard deviation of (mean + std * eps - shift) * scale over images, mirror images, positions, eps."""
+    """Mean and standard deviation of (mean + std * eps - shift) * scale over images, mirror images, positions and eps.
+
+    sums: of `_sums`, over all records.
+    """
     mean, square, variance = sums / (2 * records * np.prod(plan.latent_shape[:2]))
     scale, shift = plan.codec["scaling_factor"], plan.codec["shift_factor"]
     std = np.sqrt(np.maximum(square + variance - mean**2, 0))
@@ -300,10 +292,5 @@ def _write_tfds_metadata(folder: Path, plan: Plan, records: list[int]) -> None:
 
 
 def _writing(path: Path) -> AbstractContextManager[None]:
-    """ArrayRecord raises RuntimeError for a full disk."""
-    return explained(path, DataError, RuntimeError, ending="; what is finished is kept")
-
-
-def _short(items: Iterable[Any]) -> str:
-    items = [str(item) for item in items]
-    return ", ".join(items[:5]) + (", ..." if len(items) > 5 else "")
+    # ArrayRecord raises RuntimeError for a full disk.
+    return explained(path, DataError, RuntimeError, ending="; finished shards are kept")

@@ -1,4 +1,4 @@
-"""The table of sources: what opens the data that a name such as 'folder:PATH' stands for."""
+"""The table of sources, which opens data by a name such as 'folder:PATH'."""
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ from sddit_jax.errors import DataError
 
 
 class Asked(NamedTuple):
-    """What is asked of a source: a split, the shape (H, W, C) of its images or latents, and options."""
+    """A split, the shape (H, W, C) that the images or latents should have, and the options of `open_source`."""
 
     split: str
     image_shape: tuple[int, int, int]
@@ -22,9 +22,9 @@ class Asked(NamedTuple):
 class Kind(NamedTuple):
     """A row of the table.
 
-    form: how its name is written, 'folder:PATH' or 'digits'. open(rest, asked): the source; `rest` stands behind the
-    colon. splits(rest, own): the splits that have none of the images of the split `own`. takes(rest): whether the name
-    is complete; by default something has to stand behind the colon.
+    form: the name as people write it, such as 'folder:PATH' or 'digits'. `rest` below is the part after the colon.
+    open(rest, asked): the source. splits(rest, own): names of splits without images of the split `own`; it may include
+    `own`. takes(rest): whether a name with this `rest` is complete; by default `rest` must not be empty.
     """
 
     form: str
@@ -46,7 +46,7 @@ def _open_latents(rest: str, asked: Asked) -> LatentsSource:
 
 def _folder_splits(rest: str, own: str) -> Collection[str]:
     path = Path(rest).expanduser()
-    # Without a folder of the split's own, all images are in it.
+    # Without a folder for the split `own`, that split has all images.
     return [name for name in SPLIT_NAMES if (path / name).is_dir()] if (path / own).is_dir() else ()
 
 
@@ -81,22 +81,24 @@ def open_source(
 ) -> Source:
     """Opens a dataset by name.
 
+        source = open_source("folder:photos", split="train", image_size=64, channels=3)
+        batch = source.read(np.array([0, 5]), np.array([False, True]))    # record 5 mirrored
+
     Args:
       spec: one of
         `digits`: scikit-learn's 1,797 handwritten digits, 8x8 grey, all in split 'train';
         `folder:PATH`: PATH/CLASS/**/*.{png,jpg,jpeg,webp}, below PATH/SPLIT if that exists;
-          images directly in PATH, without class folders, are an unconditional dataset;
+          images directly in PATH, without class folders, are a dataset without labels;
         `tfds:NAME`: a TensorFlow Datasets name, in array_record format below TFDS_DATA_DIR; or
           the directory of a prepared one, starting with '/', '.', '~' or 'gs://';
         `latents:PATH`: a folder that `python -m sddit_jax.prepare` has written.
       split: 'train', 'validation', ...; for tfds also slices such as 'train[:10%]'.
       image_size: side of the square images, or of their latents.
-      channels: 1 (grey) or 3 (RGB), or those of the latents.
-      download: lets tfds download and prepare what is missing.
-      in_memory, verify: of latents, as `LatentsSource` takes them; other sources have no use for them.
+      channels: 1 (grey) or 3 (RGB), or the channels of the latents.
+      download: lets tfds download and prepare a dataset that is missing.
+      in_memory, verify: see `LatentsSource`; other sources ignore them.
 
-    Raises:
-      DataError: the dataset cannot be read as asked; the message says what would be right.
+    Raises DataError if the dataset cannot be read, or has another split, size or channels.
     """
     kind, _, rest = spec.partition(":")
     row = SOURCES.get(kind)
@@ -107,9 +109,9 @@ def open_source(
 
 
 def held_out_split(spec: str, split: str) -> str | None:
-    """A split with labels that has none of `split`'s images, if the dataset comes with one: validation before test.
+    """A split that has none of the images of `split`, validation before test; None if the dataset has none.
 
-    spec, split: as `open_source` takes them; a folder's splits are its folders. Latents have one split in a folder.
+    spec, split: as `open_source` takes them. A folder of latents has one split.
     """
     kind, _, rest = spec.partition(":")
     own = split.partition("[")[0]

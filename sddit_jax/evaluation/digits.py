@@ -1,4 +1,4 @@
-"""Samples of digits judged against the 1,797 real ones of scikit-learn, and what the encoder knows of these."""
+"""Judges samples of digits by scikit-learn's 1,797 real digits, and probes the encoder with these."""
 
 import logging
 from collections.abc import Mapping
@@ -19,12 +19,12 @@ log = logging.getLogger("sddit_jax")
 
 
 class Digits(Evaluator):
-    """The samples of the EMA weights against the real digits, and what the encoder knows of them, at the last step.
+    """Measures samples of the EMA weights and the encoder by the real digits, at the last step.
 
-    eval/{class_consistency, frechet_pixels, nearest_real, nearest_real_close}: means over the draws (see `judge`).
-    eval/{patch,cls}/information: what the teacher's assignments of all real digits tell beyond position and label.
-    eval/probe_cls, eval/probe_cls_untrained: 1-NN accuracy of [CLS] under the null label, of this encoder and of a
-    fresh one.
+    eval/{class_consistency, frechet_pixels, nearest_real, nearest_real_close}: see `judge`; means over `eval.draws`.
+    eval/{patch,cls}/information: see `Discrimination.diagnose`; on all real digits.
+    eval/probe_cls, eval/probe_cls_untrained: 1-NN accuracy of [CLS] under the null label, of the EMA's encoder and of a
+    freshly initialised one.
     """
 
     name = "eval/class_consistency"
@@ -35,15 +35,14 @@ class Digits(Evaluator):
         return cls(run, start) if run.config.eval.name == "digits" else None
 
     def due(self, step: int) -> bool:
-        """Whether the step is the last."""
+        """At the last step."""
         return step == self.run.config.steps
 
     def measure(self, state: State, moment: Moment) -> dict[str, float]:
-        """All that the class names; what the network lacks is left out."""
-        run, source = self.run, self.run.source
-        real = [source[i] for i in range(len(source))]
-        image_BHWC = np.stack([record["image"] for record in real])
-        label_B = np.stack([record["label"] for record in real])
+        """The metrics that the class names, without those of parts that the network lacks."""
+        run, count = self.run, len(self.run.source)
+        real = run.source.read(np.arange(count), np.zeros(count, bool))
+        image_BHWC, label_B = real["image"], real["label"]
         results = self._judged(state["ema"]["default"], image_BHWC, label_B, moment)
         if discrimination_of(run.parts):
             found = make_diagnose(run)(state, {"image": image_BHWC, "label": label_B})
@@ -53,10 +52,24 @@ class Digits(Evaluator):
         return results
 
     def say(self, step: int, row: Mapping[str, float]) -> None:
-        """The result in a few lines."""
-        del step
-        for line in digits_lines(row):
-            log.info("%s", line)
+        """Writes the results to the log, in up to three lines."""
+        r = {key.removeprefix("eval/"): value for key, value in row.items()}
+        log.info(
+            f"samples: {r['class_consistency']:.1%} recognised as the asked digit, Frechet distance in pixels "
+            f"{r['frechet_pixels']:.3f} (two halves of the real digits: 0.07)"
+        )
+        log.info(
+            f"novelty: distance to the nearest real digit has a median of {r['nearest_real']:.2f} (real to real: "
+            f"1.01), {r['nearest_real_close']:.1%} are closer than 0.5"
+        )
+        if "patch/information" in r:
+            line = f"encoder: assignments tell {r['patch/information']:.2f} nats (patches) beyond position and label"
+            if "cls/information" in r:
+                line += (
+                    f", {r['cls/information']:.2f} nats ([CLS]); 1-NN of [CLS] under the null label "
+                    f"{r['probe_cls']:.1%} (untrained {r['probe_cls_untrained']:.1%})"
+                )
+            log.info(line)
 
     def _judged(self, ema: Any, image_BHWC: np.ndarray, label_B: np.ndarray, moment: Moment) -> dict[str, float]:
         config, draws = self.run.config, []
@@ -85,19 +98,20 @@ class Digits(Evaluator):
 
 
 def vectors(images_BHWC: np.ndarray) -> np.ndarray:
-    """uint8 images as float64 rows in [-0.5, 0.5]."""
+    """uint8 images [B, H, W, C] as float64 rows [B, H * W * C] in [-0.5, 0.5]."""
     return images_BHWC.reshape(len(images_BHWC), -1) / 255.0 - 0.5
 
 
 def judge(
     images_BHWC: np.ndarray, label_B: np.ndarray, real_BHWC: np.ndarray, real_label_B: np.ndarray
 ) -> dict[str, float]:
-    """How good samples are, that were asked for with the labels. All images are uint8.
+    """Compares samples, which were drawn with the labels `label_B`, with real digits. All images are uint8.
 
-    eval/class_consistency: share recognised as the asked digit by a support vector classifier that is fitted on the
-    real ones (fitted on the first half of them it knows 97 % of the second). eval/frechet_pixels: Frechet distance to
-    the real digits in pixel space. eval/nearest_real: median distance to the nearest real digit (real to real: 1.01),
-    with eval/nearest_real_close the share under 0.5, which would be copies.
+    eval/class_consistency: fraction of samples whose label a support vector classifier, fitted on the real digits,
+    recognises (fitted on the first half of the real digits, it recognises 97 % of the second half).
+    eval/frechet_pixels: Frechet distance to the real digits in pixels.
+    eval/nearest_real: median distance of a sample to the nearest real digit (between real digits: 1.01).
+    eval/nearest_real_close: fraction of samples nearer than 0.5, which would be copies.
     """
     from sklearn.svm import SVC  # slow to load, and only needed here
 
@@ -111,25 +125,3 @@ def judge(
         "eval/nearest_real": float(np.median(nearest)),
         "eval/nearest_real_close": float((nearest < 0.5).mean()),
     }
-
-
-def digits_lines(results: Mapping[str, float]) -> list[str]:
-    """The result in a few lines for a person."""
-    r = {key.removeprefix("eval/"): value for key, value in results.items()}
-    lines = [
-        f"samples: {r['class_consistency']:.1%} recognised as the asked digit, Frechet distance in pixels "
-        f"{r['frechet_pixels']:.3f} (two halves of the real digits: 0.07)",
-        f"novelty: distance to the nearest real digit has a median of {r['nearest_real']:.2f} (real to real: 1.01), "
-        f"{r['nearest_real_close']:.1%} are closer than 0.5",
-    ]
-    if "patch/information" in r:
-        lines.append(
-            f"encoder: assignments tell {r['patch/information']:.2f} nats (patches) beyond position and label"
-            + (
-                f", {r['cls/information']:.2f} nats ([CLS]); 1-NN of [CLS] under the null label {r['probe_cls']:.1%} "
-                f"(untrained {r['probe_cls_untrained']:.1%})"
-                if "cls/information" in r
-                else ""
-            )
-        )
-    return lines

@@ -1,11 +1,10 @@
-"""The distance of samples to a reference during training, and which checkpoint had the lowest."""
+"""The distance of samples to a reference during training, and the checkpoint with the lowest distance."""
 
 import dataclasses
 import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,8 +13,7 @@ from jax.experimental import multihost_utils
 
 from sddit_jax.errors import CheckpointError, ConfigError
 from sddit_jax.evaluation.feature_spaces import measure
-from sddit_jax.evaluation.metric_table import distance_name, few_images_warnings
-from sddit_jax.evaluation.metrics import frechet_distance
+from sddit_jax.evaluation.metric_table import distance_name, frechet
 from sddit_jax.evaluation.protocol import Evaluator, Moment, Run
 from sddit_jax.evaluation.reference import open_reference
 from sddit_jax.evaluation.spaces import open_space
@@ -28,28 +26,19 @@ from sddit_jax.sampling.labels import balanced_labels
 log = logging.getLogger("sddit_jax")
 
 BEST = "best.json"
-# Images that are decoded and whose features are computed at a time; no more are sampled at a time.
+# Images that are decoded, and whose features are computed, at a time. At most so many are sampled at a time.
 _BATCH_SIZE = 256
 _REMEDY = "; remove it to start comparing anew"
 
 
-def recorded_best(workdir: Path) -> int | None:
-    """The step that WORKDIR/best.json names; None without that file. Raises CheckpointError if it cannot be read."""
-    path = workdir / BEST
-    if not path.exists():
-        return None
-    with undamaged(path, CheckpointError, _REMEDY):
-        return int(read_json(path, CheckpointError, _REMEDY)["step"])
-
-
 class Distance(Evaluator):
-    """Measures a distance with the EMA weights every `eval.every` steps.
+    """Measures the Frechet distance of samples of the EMA weights to a reference, every `eval.every` steps.
 
-    The same noise and labels each time. WORKDIR/best.json has the step with the lowest distance, all distances, and
-    their conditions; with other conditions it starts anew. What it has of steps after `start`, which will come again,
-    is dropped.
+    All measurements draw the same noise and labels. WORKDIR/best.json has the step with the lowest distance, all
+    distances, and their conditions. A run with other conditions ignores the file's distances. A run that starts from
+    step `start` ignores the distances of later steps, and measures them again.
 
-    Raises (when made): ConfigError, DataError or WeightsError for what could not be measured.
+    When made, it raises ConfigError, DataError or WeightsError for a distance that cannot be measured.
     """
 
     def __init__(self, run: Run, start: int) -> None:
@@ -78,22 +67,22 @@ class Distance(Evaluator):
 
     @classmethod
     def make(cls, run: Run, start: int) -> Evaluator:
-        """Without eval.every nothing is measured, but what an earlier run found best is kept."""
+        """A `Distance`, or without eval.every an `EarlierBest`."""
         return cls(run, start) if run.config.eval.every else EarlierBest(run, start)
 
     @property
     def best(self) -> int | None:
-        """The step with the lowest distance, the first of several; None if there is no distance."""
+        """The step with the lowest distance, the first of equals; None without a distance."""
         return min(self._distances, key=self._distances.get, default=None)
 
     def due(self, step: int) -> bool:
-        """Whether the step is one to measure."""
+        """Every `eval.every` steps."""
         return step % self.run.config.eval.every == 0
 
     def measure(self, state: State, moment: Moment) -> dict[str, float]:
-        """Samples, and returns the distance as `self.name`, and the seconds that it took.
+        """Returns the distance as `self.name`, and the seconds that it took unless best.json has it already.
 
-        A distance that best.json has is returned without them. `moment.check` is called between batches.
+        `moment.check` is called between batches.
         """
         ema, step = state["ema"]["default"], moment.step
         if step in self._distances:
@@ -101,12 +90,13 @@ class Distance(Evaluator):
         began = time.monotonic()
         sampling_seconds: list[float] = []
         measured = measure(self._space, self._batches(ema, sampling_seconds, moment.check), keep=False)
-        distance = frechet_distance(*measured.moments.finalise(), *self._reference.pool)
+        name = distance_name(self._space)
+        found = frechet(name, measured.moments, self._reference.pool, self._reference.count)
         if not self._distances:
-            for words in few_images_warnings(self.name, measured.moments, self._reference.pool, self._reference.count):
+            for words in found.warnings:
                 log.warning("%s", words)
-        # Every process computes it, so that none waits; one decides, so that all keep the same checkpoint.
-        words_2 = multihost_utils.broadcast_one_to_all(np.array([distance]).view(np.uint32))
+        # All processes take the distance of process 0, so that they keep the same checkpoint.
+        words_2 = multihost_utils.broadcast_one_to_all(np.array([found.results[name]]).view(np.uint32))
         distance = float(np.asarray(words_2).view(np.float64)[0])
         self._distances[step] = distance
         if jax.process_index() == 0:
@@ -123,7 +113,7 @@ class Distance(Evaluator):
         }
 
     def _batches(self, ema: Any, seconds: list[float], check: Callable[[], None]) -> Iterator[np.ndarray]:
-        """The samples, and how long each batch of them took."""
+        """Batches of samples. Appends to `seconds` how long each took."""
         index_N = np.arange(len(self._label_N))
         for start in range(0, len(index_N), _BATCH_SIZE):
             check()
@@ -138,7 +128,7 @@ class Distance(Evaluator):
         m = config.model
         side, channels = m.image_size * factor, 3 if config.codec.name == "latents" else m.channels
         if channels not in (1, 3):
-            raise ConfigError(f"eval.every is {config.eval.every}, but images of {channels} channels are not compared")
+            raise ConfigError(f"eval.every is {config.eval.every}: images need 1 or 3 channels, and have {channels}")
         return len(self._label_N), side, side, channels
 
     def _read(self) -> dict[str, float]:
@@ -151,7 +141,7 @@ class Distance(Evaluator):
             lost = f"checkpoint {min(distances, key=distances.get)}" if distances else "no checkpoint"
             log.warning(
                 "%s has distances under other conditions: steps are compared anew, and %s, which had the lowest, is no "
-                "longer kept for that: a later save may remove it. To keep it, stop now and copy it",
+                "longer kept. A later save may remove it; to keep it, stop now and copy it",
                 self._path, lost,
             )  # fmt: skip
             return {}
@@ -172,26 +162,23 @@ class Distance(Evaluator):
 class EarlierBest(Evaluator):
     """Measures nothing, and keeps the checkpoint that WORKDIR/best.json names.
 
-    Raises (when made): CheckpointError if that file cannot be read.
+    When made, it raises CheckpointError if that file cannot be read.
     """
 
     name = "distance"
+    best: int | None = None
 
     def __init__(self, run: Run, start: int) -> None:
         super().__init__(run, start)
-        self._best = recorded_best(run.workdir)
-
-    @property
-    def best(self) -> int | None:
-        """The step that the file names."""
-        return self._best
+        path = run.workdir / BEST
+        if path.exists():
+            with undamaged(path, CheckpointError, _REMEDY):
+                self.best = int(read_json(path, CheckpointError, _REMEDY)["step"])
 
     def due(self, step: int) -> bool:
         """Never."""
-        del step
         return False
 
     def measure(self, state: State, moment: Moment) -> dict[str, float]:
         """Nothing."""
-        del state, moment
         return {}

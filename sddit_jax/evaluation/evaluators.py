@@ -1,11 +1,11 @@
-"""The table of evaluators, and those that a run has."""
+"""The table of evaluators."""
 
 from sddit_jax.evaluation.diagnosis import Diagnosis
 from sddit_jax.evaluation.digits import Digits
 from sddit_jax.evaluation.distance import Distance
 from sddit_jax.evaluation.protocol import Evaluator, Run
 
-# Adding an evaluator is one class and one row. Those of one step measure in this order.
+# Adding an evaluator is one class and one row. The evaluators that are due at a step measure in this order.
 EVALUATORS: tuple[type[Evaluator], ...] = (
     Diagnosis,
     Distance,
@@ -14,9 +14,6 @@ EVALUATORS: tuple[type[Evaluator], ...] = (
 
 
 def make_evaluators(run: Run, start: int) -> list[Evaluator]:
-    """The evaluators that a run's config asks for. start: the step that the run starts from.
-
-    Raises UserError for what could not be measured.
-    """
+    """The evaluators that a run's config asks for. start: see `Evaluator`. Raises UserError, as `Evaluator.make`."""
     made = (kind.make(run, start) for kind in EVALUATORS)
     return [evaluator for evaluator in made if evaluator is not None]

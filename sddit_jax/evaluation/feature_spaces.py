@@ -1,4 +1,4 @@
-"""Features in which sets of images are compared, computed on all devices batch by batch, their moments in float64."""
+"""Features in which sets of images are compared: computed batch by batch on all devices, with moments in float64."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -16,16 +16,16 @@ from sddit_jax.evaluation.metrics import RunningMoments
 from sddit_jax.models import inception
 from sddit_jax.parallel.rows import OverDevices, gather_rows
 from sddit_jax.parallel.sharding import replicated
-from sddit_jax.weights.inception import load_inception
+from sddit_jax.weights.inception import WHERE, load_inception
 
-# The covariance of as many takes a minute to decompose.
+# The covariance of 4,096 features takes a minute to decompose.
 MOST_PIXELS = 4096
-# Moments are merged in parts of so many images.
+# Moments are merged in parts of at least so many images.
 _PART = 1024
 
 
 class Features(NamedTuple):
-    """Of a batch: `pool_BD` [B, D]; and, of Inception alone, those of sFID and the logits of the Inception Score."""
+    """Features of a batch, each [B, D]. Only Inception has spatial_BD, for sFID, and logits_BK, for its score."""
 
     pool_BD: Any
     spatial_BD: Any = None
@@ -33,11 +33,10 @@ class Features(NamedTuple):
 
 
 class FeatureSpace(NamedTuple):
-    """A name, and what makes the features.
+    """A named kind of features.
 
-    function(uint8 images [B, H, W, C]) -> Features. It may return arrays of JAX that are still being computed, and that
-    have more rows than there are images, which are left out.
-    record: what else a result depends on, for JSON.
+    function(uint8 images [B, H, W, C]) -> Features: arrays of NumPy, or arrays of JAX that are still being computed.
+    Rows beyond the first B are ignored. record: what else a result depends on, for JSON.
     """
 
     name: str
@@ -46,10 +45,10 @@ class FeatureSpace(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What is known of a set of images.
+    """The features of a set of images.
 
-    shape: [H, W, C] of an image. pixels_sha256: of all images, one after the other, whatever file they are from.
-    moments, spatial: of the features. pool_ND, logits_NK: of the images whose features were to be kept.
+    count: number of images. shape: [H, W, C] of an image. pixels_sha256: of all pixels, in the order of the images.
+    moments, spatial: of pool_BD and spatial_BD over all images. pool_ND, logits_NK: of the images that `keep` chose.
     """
 
     count: int
@@ -62,13 +61,13 @@ class Measured(NamedTuple):
 
 
 def pixels_space() -> FeatureSpace:
-    """Pixels themselves, in [-0.5, 0.5]: for small images."""
+    """The pixels in [-0.5, 0.5], for images of at most `MOST_PIXELS` values."""
 
     def function(image_BHWC: np.ndarray) -> Features:
         if (dimension := image_BHWC[0].size) > MOST_PIXELS:
             raise DataError(
-                f"images of {list(image_BHWC.shape[1:])} have {dimension:,} values; as features, pixels are for images "
-                f"of at most {MOST_PIXELS:,}"
+                f"images of {list(image_BHWC.shape[1:])} have {dimension:,} values; --features=pixels is for images of "
+                f"at most {MOST_PIXELS:,}"
             )
         return Features(image_BHWC.reshape(len(image_BHWC), -1) / 255 - 0.5)
 
@@ -76,12 +75,9 @@ def pixels_space() -> FeatureSpace:
 
 
 def inception_space(path: str, mesh: Mesh, batch_size: int) -> FeatureSpace:
-    """Those of FID. Grey images become RGB. Raises UserError without a file of weights; WeightsError."""
+    """The features of FID from a file of weights. Grey images become RGB. Raises UserError, also WeightsError."""
     if not path:
-        raise UserError(
-            "features of Inception need its weights: the file pt_inception-2015-12-05-6726825d.pth of the releases of "
-            "mseitzer/pytorch-fid on GitHub"
-        )
+        raise UserError(f"features of Inception need the file of its weights: {WHERE}")
     weights = load_inception(Path(path).expanduser())
 
     def function(params: Any, image_BHWC: jax.Array) -> Features:
@@ -108,9 +104,9 @@ def device_space(
     batch_size: int,
     record: dict[str, Any],
 ) -> FeatureSpace:
-    """A space of function(params, images), computed on all devices of all processes; see `OverDevices`.
+    """A space whose features are function(params, images), computed on all devices of all processes.
 
-    All processes pass the same images, at most `batch_size` at a time.
+    All processes pass the same images, at most `batch_size` at a time; see `OverDevices`.
     """
     compute, params = OverDevices(function, mesh, batch_size), jax.device_put(params, replicated(mesh))
     return FeatureSpace(name, lambda image_BHWC: compute.begin((params,), (image_BHWC,)), record)
@@ -123,34 +119,33 @@ def measure(
     keep: bool | np.ndarray,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> Measured:
-    """Goes through batches of images [B, H, W, C] once.
+    """Computes the features of images in one pass over the batches [B, H, W, C].
 
-    keep: whether the features and logits are kept too, not their moments alone; for each image, bool [N], or for all.
-    on_batch(count) is called as images are done.
+    keep: the images whose features are kept, beside the moments of all images: bool [N], or one bool for all.
+    on_batch(count) is called after each batch with the number of images so far.
 
-    Raises:
-      DataError: fewer than 2 images, images of different shapes, or what `batches` and the features raise.
+    Raises DataError for fewer than 2 images, or images of different shapes; also whatever `batches` and `space` raise.
     """
     hashed, count, shape = hashlib.sha256(), 0, None
-    pool, spatial, logits = _Moments(), _Moments(), []
-    kept = []
+    pool, spatial, kept, logits = _Moments(), _Moments(), [], []
 
-    def checked() -> Iterator[np.ndarray]:
+    def begun() -> Iterator[tuple[Features, int]]:
         nonlocal shape
         for image_BHWC in batches:
             if shape not in (None, image_BHWC.shape[1:]):
-                raise DataError(f"images of {list(image_BHWC.shape[1:])} behind images of {list(shape)}")
+                raise DataError(f"an image of {list(image_BHWC.shape[1:])} comes after images of {list(shape)}")
             shape = image_BHWC.shape[1:]
             hashed.update(np.ascontiguousarray(image_BHWC))
-            yield image_BHWC
+            yield space.function(image_BHWC), len(image_BHWC)
 
-    for found in _computed(space, checked()):
+    # The devices compute a batch while the host uses the batch before and reads the next.
+    for features, size in begun_ahead(begun()):
+        found = gather_rows(features, size)
         pool.add(found.pool_BD)
         if found.spatial_BD is not None:
             spatial.add(found.spatial_BD)
-        batch = slice(count, count + len(found.pool_BD))
-        count = batch.stop
-        chosen_B = keep[batch] if isinstance(keep, np.ndarray) else np.full(len(found.pool_BD), keep)
+        chosen_B = keep[count : count + size] if isinstance(keep, np.ndarray) else np.full(size, keep)
+        count += size
         if chosen_B.any():
             kept.append(found.pool_BD[chosen_B])
             logits += [] if found.logits_BK is None else [found.logits_BK[chosen_B]]
@@ -169,7 +164,7 @@ def measure(
 
 
 class _Moments:
-    """Running moments of batches, which are put together to parts."""
+    """Running moments. Batches are joined to parts of `_PART` images, since merging costs the same for any part."""
 
     def __init__(self) -> None:
         self.moments: RunningMoments | None = None
@@ -181,16 +176,9 @@ class _Moments:
             self.finish()
 
     def finish(self) -> RunningMoments | None:
-        """Of all that was added; None if nothing was."""
+        """The moments of all that was added; None if nothing was."""
         if self.waiting:
             part = RunningMoments.of(np.concatenate(self.waiting))
             self.moments = part if self.moments is None else self.moments.merge(part)
             self.waiting = []
         return self.moments
-
-
-def _computed(space: FeatureSpace, batches: Iterator[np.ndarray]) -> Iterator[Features]:
-    """The features on the host. The devices compute a batch while the one before is used, and the next is read."""
-    begun = ((space.function(image_BHWC), len(image_BHWC)) for image_BHWC in batches)
-    for features, count in begun_ahead(begun):
-        yield gather_rows(features, count)

@@ -7,21 +7,20 @@ import numpy as np
 
 from sddit_jax.evaluation import metrics
 from sddit_jax.evaluation.feature_spaces import FeatureSpace, Measured
-from sddit_jax.evaluation.reference_files import Statistics
 
-# Of the Inception Score, of precision and recall, and of KID, as most report them.
+# The usual settings of the Inception Score, of precision and recall, and of KID.
 SPLIT_SIZE, NEIGHBOURS, SUBSETS, SUBSET_SIZE = 5000, 3, 100, 1000
 
 
 class Reference(NamedTuple):
-    """What samples are compared with, and in what. A part is None where the file does not have it, or none needs it.
+    """What samples are compared with. A part is None if the file does not have it, or no metric needs it.
 
-    pool, spatial: statistics of features of `count` images (None: the file does not say). pool_ND: pooled features of
-    images. metrics: those to compute. skipped: metric -> what it lacks. record: for JSON.
+    pool, spatial: statistics of the features of `count` images (None: the file does not say). pool_ND: pooled features
+    of images. metrics: to compute. skipped: metric -> what it lacks. record: for JSON.
     """
 
-    pool: Statistics | None
-    spatial: Statistics | None
+    pool: metrics.Statistics | None
+    spatial: metrics.Statistics | None
     count: int | None
     pool_ND: np.ndarray | None
     metrics: list[str]
@@ -30,7 +29,7 @@ class Reference(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """results: name -> value. settings: of the metrics. warnings: what to know of them."""
+    """What metrics give. results: name -> value. settings: of the metrics, for JSON. warnings: about the results."""
 
     results: dict[str, float]
     settings: dict[str, Any]
@@ -40,9 +39,9 @@ class Evaluation(NamedTuple):
 class Metric(NamedTuple):
     """A row of the table.
 
-    compute(samples, reference, space): the results. title: what a person calls it. needs: of reference and samples,
-    "pool" or "spatial" for moments of these features, "features" for pooled features of `least` images on each side, or
-    nothing. of_inception: it is computed from Inception's features alone.
+    compute(samples, reference, space): the results. title: for people. needs: "pool" or "spatial" for the moments of
+    these features, "features" for pooled features of at least `least` images on each side, "" for nothing of the
+    reference. of_inception: the metric is defined for Inception's features only.
     """
 
     compute: Callable[[Measured, Reference, FeatureSpace], Evaluation]
@@ -53,50 +52,35 @@ class Metric(NamedTuple):
 
 
 def distance_name(space: FeatureSpace) -> str:
-    """What the Frechet distance is called: fid, or fd_NAME in another space than Inception's."""
+    """The name of the Frechet distance: fid, or fd_NAME in another space than Inception's."""
     return "fid" if space.name == "inception" else f"fd_{space.name}"
 
 
-def few_images_warnings(
-    name: str, moments: metrics.RunningMoments, statistics: Statistics, count: int | None
-) -> list[str]:
-    """What to say of a Frechet distance, called `name`, a side of which has no more images than features.
-
-    moments: of the samples. statistics: of the reference, of `count` images, if that is known.
-    """
-    sides = [("samples", moments.finalise()[1], moments.count)]
-    if count is not None:
-        sides.append(("reference", statistics.covariance_DD, count))
-    return [f"{name}, {side}: {words}" for side, *of in sides if (words := metrics.few_images(*of))]
-
-
-def _frechet(
-    name: str, moments: metrics.RunningMoments, statistics: Statistics, count: int | None, title: str
+def frechet(
+    name: str, moments: metrics.RunningMoments, statistics: metrics.Statistics, count: int | None
 ) -> Evaluation:
-    distance = metrics.frechet_distance(*moments.finalise(), *statistics)
-    return Evaluation({name: distance}, {}, few_images_warnings(title, moments, statistics, count))
+    """The Frechet distance `name` of samples to a reference, with a warning for a side with too few images.
 
-
-def _fid(samples: Measured, reference: Reference, space: FeatureSpace) -> Evaluation:
-    name = distance_name(space)
-    title = METRICS["fid"].title if name == "fid" else name
-    return _frechet(name, samples.moments, reference.pool, reference.count, title)
-
-
-def _sfid(samples: Measured, reference: Reference, space: FeatureSpace) -> Evaluation:
-    del space
-    return _frechet("sfid", samples.spatial, reference.spatial, reference.count, METRICS["sfid"].title)
+    moments: of the samples. statistics: of `count` images of the reference; None: unknown.
+    """
+    own = moments.finalise()
+    title = METRICS[name].title if name in METRICS else name
+    sides = [("samples", own, moments.count)]
+    if count is not None:
+        sides.append(("reference", statistics, count))
+    warnings = [
+        f"{title}, {side}: {words}" for side, of, size in sides if (words := metrics.few_images(of.covariance_DD, size))
+    ]
+    return Evaluation({name: metrics.frechet_distance(*own, *statistics)}, {}, warnings)
 
 
 def _inception_score(samples: Measured, reference: Reference, space: FeatureSpace) -> Evaluation:
-    del reference, space
     mean, std = metrics.inception_score(samples.logits_NK, SPLIT_SIZE)
     results = {"inception_score": mean, "inception_score_std": std}
     return Evaluation(results, {"inception_score_split": SPLIT_SIZE}, [])
 
 
 def _precision_recall(samples: Measured, reference: Reference, space: FeatureSpace) -> Evaluation:
-    del space
     precision, recall = metrics.precision_recall(reference.pool_ND, samples.pool_ND, NEIGHBOURS)
     return Evaluation({"precision": precision, "recall": recall}, {"neighbours": NEIGHBOURS}, [])
 
@@ -111,8 +95,10 @@ def _kernel_distance(samples: Measured, reference: Reference, space: FeatureSpac
 
 # Adding a metric is one function and one row.
 METRICS = {
-    "fid": Metric(_fid, "FID", needs="pool"),
-    "sfid": Metric(_sfid, "sFID", needs="spatial", of_inception=True),
+    "fid": Metric(lambda s, r, space: frechet(distance_name(space), s.moments, r.pool, r.count), "FID", needs="pool"),
+    "sfid": Metric(
+        lambda s, r, space: frechet("sfid", s.spatial, r.spatial, r.count), "sFID", needs="spatial", of_inception=True
+    ),
     "is": Metric(_inception_score, "Inception Score", of_inception=True),
     "pr": Metric(_precision_recall, "precision, recall", needs="features", least=NEIGHBOURS + 1),
     "kid": Metric(_kernel_distance, "KID", needs="features"),

@@ -1,6 +1,6 @@
 """Formulas of evaluation, in float64 on the host.
 
-`features` are any vectors that stand for images, such as those of models/inception.py.
+`features` are one vector for each image, such as those of models/inception.py.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,10 +12,17 @@ import scipy.special
 from sddit_jax.errors import DataError
 
 
-class RunningMoments(NamedTuple):
-    """What the mean and the covariance of feature vectors follow from, part by part; float64.
+class Statistics(NamedTuple):
+    """Mean [D] and unbiased covariance [D, D] of feature vectors, float64."""
 
-    count: how many vectors. mean_D: their mean. scatter_DD: the sum of (x - mean)(x - mean)' over them.
+    mean_D: np.ndarray
+    covariance_DD: np.ndarray
+
+
+class RunningMoments(NamedTuple):
+    """Mean and scatter of feature vectors that come in parts, float64.
+
+    count: number of vectors. mean_D: their mean. scatter_DD: the sum of (x - mean)(x - mean)' over the vectors.
     """
 
     count: int
@@ -24,31 +31,32 @@ class RunningMoments(NamedTuple):
 
     @classmethod
     def of(cls, features_ND: np.ndarray) -> "RunningMoments":
-        """Of at least one vector. Raises DataError for other shapes and for values that are not finite."""
+        """The moments of N >= 1 vectors. Raises DataError for other shapes and for values that are not finite."""
         features_ND = _checked(features_ND, 1)
         mean_D = features_ND.mean(axis=0)
         centred_ND = features_ND - mean_D
         return cls(len(features_ND), mean_D, centred_ND.T @ centred_ND)
 
     def merge(self, other: "RunningMoments") -> "RunningMoments":
-        """Of the vectors of both (Chan, Golub & LeVeque 1983): no digits are lost where means are large.
+        """The moments of both parts together, exact for large means too (Chan, Golub & LeVeque 1983).
 
-        It costs a few passes over D x D numbers, so that parts of a thousand vectors are better than of ten."""
+        It costs a few passes over D x D numbers, so parts of a thousand vectors are better than parts of ten.
+        """
         count = self.count + other.count
         shift_D = other.mean_D - self.mean_D
         between_DD = np.outer(shift_D, shift_D * (self.count * other.count / count))
         mean_D = self.mean_D + shift_D * (other.count / count)
         return RunningMoments(count, mean_D, self.scatter_DD + other.scatter_DD + between_DD)
 
-    def finalise(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean [D] and unbiased covariance [D, D]. Raises DataError for a single vector, which has none."""
+    def finalise(self) -> Statistics:
+        """Mean and covariance. Raises DataError for a single vector, which has no covariance."""
         if self.count < 2:
             raise DataError(f"{self.count} image has no covariance; at least 2 are needed")
-        return self.mean_D, self.scatter_DD / (self.count - 1)
+        return Statistics(self.mean_D, self.scatter_DD / (self.count - 1))
 
 
-def moments(features_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean [D] and unbiased covariance [D, D] of N feature vectors. Raises DataError: see `RunningMoments`."""
+def moments(features_ND: np.ndarray) -> Statistics:
+    """Mean and covariance of N feature vectors. Raises as `RunningMoments`."""
     return RunningMoments.of(features_ND).finalise()
 
 
@@ -57,25 +65,25 @@ def frechet_distance(
 ) -> float:
     """|m_a - m_b|^2 + tr(A + B - 2 (A B)^(1/2)) (Dowson & Landau 1982), as FID uses it (Heusel et al. 2017).
 
-    tr (A B)^(1/2) is the sum of the singular values of F' G for any F F' = A, G G' = B. Unlike a root of the matrix
-    A B, this is real and exact for singular covariances, those of fewer images than features, without an offset.
+    tr (A B)^(1/2) is the sum of the singular values of F' G for any F F' = A, G G' = B. Unlike the square root of the
+    matrix A B, it is real and exact for singular covariances (fewer images than features), without an offset.
     """
-    cross = np.linalg.svd(_factor(covariance_a).T @ _factor(covariance_b), compute_uv=False).sum()
+
+    def factor(covariance_DD: np.ndarray) -> np.ndarray:
+        values, vectors = np.linalg.eigh(covariance_DD)
+        # Rounding can make eigenvalues negative.
+        return vectors * np.sqrt(np.maximum(values, 0))
+
+    cross = np.linalg.svd(factor(covariance_a).T @ factor(covariance_b), compute_uv=False).sum()
     return float(np.square(mean_a - mean_b).sum() + np.trace(covariance_a) + np.trace(covariance_b) - 2 * cross)
 
 
-def _factor(covariance_DD: np.ndarray) -> np.ndarray:
-    """F [D, D] with F F' = the covariance; what rounding brings below 0 is 0."""
-    values, vectors = np.linalg.eigh(covariance_DD)
-    return vectors * np.sqrt(np.maximum(values, 0))
-
-
 def frechet_bias(covariance_DD: np.ndarray, count: int) -> float:
-    """About how much too large a Frechet distance is because one side's moments are of `count` images only.
+    """The expected error of a Frechet distance, which is too large, if one side's moments are of n = `count` images.
 
-    The expected distance of a Gaussian from the moments of `count` of its samples, to the first order in 1 / count:
+    It is the expected distance of a Gaussian from the moments of n of its samples, to the first order in 1 / n:
     tr C / n for the mean, and 1/(2(n-1)) (sum_ij l_i l_j / (l_i + l_j) + tr C / 2) for the covariance, whose
-    eigenvalues are l: half the Bures metric of a Wishart matrix's deviation. Not valid where n is far below D.
+    eigenvalues are l: half the Bures metric of a Wishart matrix's deviation. It is not valid for n far below D.
     """
     values = np.maximum(np.linalg.eigvalsh(covariance_DD), 0)
     values = values[values > 0]
@@ -84,21 +92,21 @@ def frechet_bias(covariance_DD: np.ndarray, count: int) -> float:
 
 
 def few_images(covariance_DD: np.ndarray, count: int) -> str:
-    """What to say of a Frechet distance if a side has no more images than features; empty if it has."""
+    """A warning if the covariance is of no more images than features; empty otherwise."""
     dimension = len(covariance_DD)
     if count > dimension:
         return ""
     return (
-        f"{count} images give a singular covariance of {dimension} features; a Frechet distance is too large by about "
-        f"{frechet_bias(covariance_DD, count):.3g}, and only comparable with one of as many images"
+        f"{count} images give a singular covariance of {dimension} features; this Frechet distance is too large by "
+        f"about {frechet_bias(covariance_DD, count):.3g}, and comparable only with distances of {count} images"
     )
 
 
 def inception_score(logits_NK: np.ndarray, split_size: int = 5000) -> tuple[float, float]:
     """Mean and standard deviation over splits of exp(mean KL(p(y|x) || p(y))) (Salimans et al. 2016).
 
-    logits_NK: without the bias, as ADM's evaluator has them. Splits are of `split_size` in the order of the images, as
-    there: ten for 50,000. The images should be in random order; sorted by class they give another score.
+    logits_NK: without the bias, as in ADM's evaluator. split_size: consecutive images of a split; ADM's evaluator makes
+    10 splits of 50,000 images. The images should be in random order: sorted by class they give another score.
     """
     logits_NK = _checked(logits_NK, 1)
     scores = []
@@ -110,9 +118,9 @@ def inception_score(logits_NK: np.ndarray, split_size: int = 5000) -> tuple[floa
 
 
 def kernel_distance(features_a_ND: np.ndarray, features_b_MD: np.ndarray, block: int = 1024) -> float:
-    """Squared maximum mean discrepancy of the kernel (x'y / D + 1)^3, unbiased (Binkowski et al. 2018): KID.
+    """KID: the unbiased squared maximum mean discrepancy of the kernel (x'y / D + 1)^3 (Binkowski et al. 2018).
 
-    It may be below 0. block: rows of the kernel's matrices in memory at a time.
+    It may be below 0. block: rows of the kernel matrices in memory at a time.
     """
     a_ND, b_MD = _pair(features_a_ND, features_b_MD, 2)
 
@@ -135,7 +143,7 @@ def _kernel(products: np.ndarray, dimension: int) -> np.ndarray:
 def kernel_distance_of_subsets(
     features_a_ND: np.ndarray, features_b_MD: np.ndarray, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Mean and standard deviation of `kernel_distance` over random subsets, as KID is mostly reported.
+    """Mean and standard deviation of `kernel_distance` over random subsets: KID as it is mostly reported.
 
     A subset has `subset_size` vectors of each side, drawn without replacement. Raises DataError if a side has fewer.
     """
@@ -153,18 +161,19 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019).
 
-    Around each vector lies a ball that reaches its k-th nearest other vector of the same set, edge included. Precision
-    is the share of samples inside some ball of the reference, recall the share of the reference inside some ball of
-    the samples. ADM's evaluator computes the same with distances in float16.
+    Each vector has a closed ball whose radius is the distance to its k-th nearest other vector of the same set.
+    Precision is the fraction of samples inside some ball of the reference, recall the fraction of the reference inside
+    some ball of the samples. ADM's evaluator computes the same with distances in float16.
 
-    block: rows of the matrices of distances in memory at a time. Raises DataError if a set has no k-th neighbour.
+    neighbours: k. block: rows of the distance matrices in memory at a time. Raises DataError for a set of k vectors or
+    fewer.
     """
     reference_ND, samples_MD = _pair(reference_ND, samples_MD, neighbours + 1)
 
     def squared_radii(x_ND: np.ndarray) -> np.ndarray:
         radii = []
         for squared in _squared_distances(x_ND, x_ND, block):
-            # The nearest of all is the vector itself, or a copy.
+            # Index 0 is the vector itself, or a copy of it.
             squared.partition(neighbours, axis=1)
             radii.append(squared[:, neighbours].copy())
         return np.concatenate(radii)
@@ -181,7 +190,7 @@ def precision_recall(
 def _squared_distances(queries_ND: np.ndarray, references_MD: np.ndarray, block: int) -> Iterator[np.ndarray]:
     """Squared Euclidean distances [rows, M], `block` queries at a time; float64."""
     query_N, reference_M = np.square(queries_ND).sum(axis=1), np.square(references_MD).sum(axis=1)
-    # Copies are at 0, not at the rounding error of the difference below, which depends on the block.
+    # The distance of copies must be 0, and not the rounding error of the sum below, which depends on the block.
     rounding = 1e-13 * (query_N.max() + reference_M.max())
     for start in range(0, len(queries_ND), block):
         squared = queries_ND[start : start + block] @ references_MD.T
@@ -193,12 +202,10 @@ def _squared_distances(queries_ND: np.ndarray, references_MD: np.ndarray, block:
 
 
 def _checked(features_ND: np.ndarray, least: int) -> np.ndarray:
-    """float64 [N, D]. Raises DataError for other shapes, fewer rows, and values that are not finite."""
+    """float64 [N, D]. Raises DataError for other shapes, N < least, and values that are not finite."""
     features_ND = np.asarray(features_ND, np.float64)
     if features_ND.ndim != 2 or len(features_ND) < least or not features_ND.shape[1]:
-        raise DataError(
-            f"features of the shape {list(features_ND.shape)}; at least {least} rows of features are needed"
-        )
+        raise DataError(f"features have the shape {list(features_ND.shape)}; at least {least} rows [N, D] are needed")
     if bad := int((~np.isfinite(features_ND).all(axis=1)).sum()):
         raise DataError(f"{bad} of {len(features_ND)} rows of features have values that are not finite")
     return features_ND
@@ -212,18 +219,16 @@ def _pair(a_ND: np.ndarray, b_MD: np.ndarray, least: int) -> tuple[np.ndarray, n
     return a_ND, b_MD
 
 
-def nearest_distances(queries_ND: np.ndarray, references_MD: np.ndarray, *, same_set: bool = False) -> np.ndarray:
-    """Euclidean distance from each query to its nearest reference, [N]; `same_set` passes over row i for query i."""
+def nearest_distances(queries_ND: np.ndarray, references_MD: np.ndarray) -> np.ndarray:
+    """Euclidean distance from each query to its nearest reference, [N]."""
     q = np.asarray(queries_ND, np.float64)
     r = np.asarray(references_MD, np.float64)
     squared = np.square(q).sum(1)[:, None] + np.square(r).sum(1)[None] - 2 * q @ r.T
-    if same_set:
-        np.fill_diagonal(squared, np.inf)
     return np.sqrt(np.maximum(squared.min(axis=1), 0))
 
 
 def nearest_neighbour_accuracy(features_ND: np.ndarray, label_N: np.ndarray) -> float:
-    """Share of rows whose nearest other row, by cosine similarity, has the same label."""
+    """Fraction of rows whose nearest other row, by cosine similarity, has the same label."""
     features = np.asarray(features_ND, np.float64)
     features = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     similarity = features @ features.T
@@ -240,16 +245,17 @@ def neighbour_votes(
     temperature: float = 0.07,
     block: int = 256,
 ) -> np.ndarray:
-    """What the k nearest training vectors say of each test vector: votes [M, num_classes], float64.
+    """Votes of the k nearest training vectors for the label of each test vector: float64 [M, num_classes].
 
-    Nearest by cosine similarity s, each with exp(s / temperature) votes for its label (Wu et al. 2018; k = 20 and a
-    temperature of 0.07 as in Caron et al. 2021). Which of several equally near ones count is not defined.
+    Nearness is the cosine similarity s; a training vector has exp(s / temperature) votes for its label (Wu et al. 2018;
+    k = 20 and a temperature of 0.07 as in Caron et al. 2021). Of vectors with equal s any may be among the k.
 
-    block: rows of the similarities in memory at a time. Raises DataError if there are fewer than k training vectors.
+    neighbours: k. block: rows of the similarities in memory at a time. Raises DataError for fewer than k training
+    vectors.
     """
     train_ND, test_MD = _pair(train_ND, test_MD, 1)
     if len(train_ND) < neighbours:
-        raise DataError(f"{len(train_ND)} training vectors have no {neighbours} nearest ones")
+        raise DataError(f"{len(train_ND)} training vectors; {neighbours} neighbours need at least {neighbours}")
     train_ND, test_MD = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (train_ND, test_MD))
     votes_MC = np.zeros((len(test_MD), num_classes))
     for start in range(0, len(test_MD), block):
@@ -261,7 +267,7 @@ def neighbour_votes(
     return votes_MC
 
 
-# Penalties from which a linear probe chooses, strongest first.
+# Penalties from which a linear probe chooses, the strongest first.
 PROBE_L2 = (1e-2, 1e-3, 1e-4, 1e-5)
 
 
@@ -270,12 +276,14 @@ def linear_probe(
 ) -> tuple[np.ndarray, float]:
     """Multinomial logistic regression on standardised features: predicted labels [M], and the chosen penalty.
 
-    Minimises mean cross-entropy + l2 / 2 |W|^2, with a bias that is free of it, by L-BFGS from 0
-    until no gradient is above 1e-3; float64. Mean and standard deviation are the training vectors'; a constant feature
-    is 0. The penalty is the one of `l2s` that is
-    best on the last fifth of the training vectors, of equals the first, when the rest are fitted; then all are fitted.
-    The training vectors have to be in random order. Raises DataError if they, or their first four fifths, are of one
-    class.
+    It minimises the mean cross-entropy + l2 / 2 |W|^2, without a penalty on the bias, in float64 by L-BFGS from 0 until
+    no gradient is above 1e-3. Features are standardised by the mean and standard deviation of the training vectors; a
+    constant feature becomes 0.
+
+    Each penalty of `l2s` is fitted on the first four fifths of the training vectors, which should be in random order.
+    The most accurate one on the last fifth is chosen, the first of equals, and fitted on all training vectors.
+
+    Raises DataError if the first four fifths have one class only.
     """
     from sklearn.linear_model import LogisticRegression  # slow to import, and only needed here
     from threadpoolctl import threadpool_limits  # scikit-learn's own
@@ -283,9 +291,9 @@ def linear_probe(
     train_ND, test_MD = _pair(train_ND, test_MD, 1)
     fitted = len(train_ND) - len(train_ND) // 5
     if len(np.unique(train_label_N[:fitted])) < 2:
-        raise DataError(f"a linear probe needs 2 classes; the {fitted} training images that are fitted are of one")
+        raise DataError(f"a linear probe needs 2 classes; the {fitted} training images to fit are all of one class")
     mean_D, std_D = train_ND.mean(axis=0), train_ND.std(axis=0)
-    # Of a constant, what rounding leaves.
+    # Rounding gives a constant feature a small standard deviation.
     std_D[std_D <= 1e-6 * np.abs(mean_D)] = np.inf
     train_ND, test_MD = ((x - mean_D) / std_D for x in (train_ND, test_MD))
 

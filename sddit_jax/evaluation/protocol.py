@@ -1,4 +1,4 @@
-"""What an evaluator is: whatever measures a run while it trains, or when it ends."""
+"""The protocol of evaluators, which measure a run while it trains or when it ends."""
 
 import abc
 import dataclasses
@@ -20,9 +20,9 @@ from sddit_jax.sampling.sampler import Sample, make_sample
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run is made of, opened and checked, before its first step.
+    """The opened and checked parts of a run, before its first step.
 
-    codec: the record of what lies between the images and what the network learns. decode: how samples become images.
+    codec: the record of the codec. decode: turns samples into images, or leaves them as they are.
     """
 
     config: Config
@@ -35,73 +35,66 @@ class Run:
 
     @property
     def sample(self) -> Sample:
-        """The pure function that draws a batch as the config says."""
+        """The pure function that draws a batch with the config's sampler."""
         return make_sample(self.parts.network, self.parts.diffusion, self.parts.codec, self.config.sampling)
 
     @functools.cached_property
     def generate(self) -> Generate:
-        """generate(params, seed, label_N) -> images, sampled as the config says; see `make_generate`."""
+        """generate(params, seed, label_N) -> images, drawn with the config's sampler; see `make_generate`."""
         return make_generate(self.sample, self.mesh, self.config.sampling.grid, self.decode)
-
-
-def _nothing() -> None:
-    """The check of a measurement that nobody can stop."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
-    """When an evaluator measures.
+    """The moment at which an evaluator measures.
 
-    step: the one that the state has done. check(): raises if the run is to stop; a long measurement calls it between
-    its parts. batch: what the step has learnt from, on the devices, for an evaluator that joins the step.
+    step: number of steps that the state has done. check(): raises if the run is to stop; a long measurement calls it
+    between its parts. batch: the step's batch on the devices, for an evaluator that joins the step.
     """
 
     step: int
-    check: Callable[[], None] = _nothing
+    check: Callable[[], None] = lambda: None
     batch: Mapping[str, jax.Array] | None = None
 
 
 class Evaluator(abc.ABC):
-    """Measures a run at the steps that it chooses. All processes make the same calls.
-
-    name: the metric that each of its rows has. When a run starts, a row of its first state with this metric is dropped
-    if the step is due, and measured again.
-
-    joins_step: what `measure` returns stands in the row of the step itself. It is called as soon as the step has been
-    dispatched, calls what is jitted, and waits for nothing: a number of the host's among the devices' arrays raises.
-    Otherwise `measure` is called when the step is done, may take its time, and has a row of its own.
+    """Measures a run at steps that it chooses. All processes make the same calls.
 
     A subclass is one row of `evaluators.EVALUATORS`.
+
+    name: a metric that each of the evaluator's rows has. When a run starts from a step that is due, the row with this
+    metric is dropped, and measured again.
+
+    joins_step: whether the metrics go into the row of the step. `measure` is then called as soon as the step has been
+    dispatched; it calls jitted functions and must not wait for a device: mixing numbers of the host with arrays raises.
+    Otherwise `measure` is called when the step is done, may take long, and its metrics get a row of their own.
     """
 
     name: str
     joins_step: ClassVar[bool] = False
 
     def __init__(self, run: Run, start: int) -> None:
-        """start: the step that the run starts from, 0 if it is fresh."""
+        """start: the step that the run starts from, 0 for a new run."""
         self.run, self.start = run, start
 
     @classmethod
     def make(cls, run: Run, start: int) -> Self | None:
-        """The evaluator of a run, or None if the run's config asks for none.
-
-        Raises UserError, before the first step, for what could not be measured.
-        """
+        """The evaluator of a run; None if its config asks for none. Raises UserError for what cannot be measured."""
         return cls(run, start)
 
     @property
     def best(self) -> int | None:
-        """The step with the lowest `name`, whose checkpoint is kept; None if none is kept for it."""
+        """The step with the best `name`, whose checkpoint is kept; None: no checkpoint is kept for this evaluator."""
         return None
 
     @abc.abstractmethod
     def due(self, step: int) -> bool:
-        """Whether to measure a step, from 1; a function of it alone."""
+        """Whether to measure after a step, from 1. It must depend on the step alone."""
 
     @abc.abstractmethod
     def measure(self, state: State, moment: Moment) -> Mapping[str, float | jax.Array]:
-        """The metrics of a state. What `moment.check` raises passes through, and then nothing is kept."""
+        """The metrics of a state. Lets through what `moment.check` raises, and then keeps nothing."""
 
     def say(self, step: int, row: Mapping[str, float]) -> None:
-        """Tells a person about a row that has just been written, through the log."""
+        """Called after a row was written, to write about it to the log."""
         del step, row

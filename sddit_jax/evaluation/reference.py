@@ -1,8 +1,9 @@
-"""What samples are compared with: statistics and features, read from a file or computed from images."""
+"""References, with which samples are compared: statistics and features, from a file or computed from its images."""
 
 import logging
 import os
 from collections.abc import Collection
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from sddit_jax.evaluation import metrics
 from sddit_jax.evaluation.feature_spaces import FeatureSpace, Measured, measure
 from sddit_jax.evaluation.image_sets import ImageSet
 from sddit_jax.evaluation.metric_table import METRICS, Reference, distance_name
-from sddit_jax.evaluation.reference_files import EvaluationFile, Statistics, open_evaluation_file, write_statistics
+from sddit_jax.evaluation.reference_files import EvaluationFile, open_evaluation_file, write_statistics
 from sddit_jax.files import check_output, sha256_of
 from sddit_jax.models.inception import POOL_FEATURES
 from sddit_jax.runs.reporting import Progress
@@ -30,25 +31,25 @@ def open_reference(
     batch_size: int,
     wanted: Collection[str] | None = None,
 ) -> Reference:
-    """Statistics and features of a file as they are, and otherwise of its images, if a metric needs them.
+    """The statistics and features in a file. Those that it lacks are computed from its images, if a metric needs them.
 
-    samples_shape: [N, H, W, C] of what is to be compared: all that cannot be compared is found before any features of
-    `space` are computed. wanted: metrics; None: all for which there is what they need.
+    samples_shape: [N, H, W, C]. batch_size: images whose features are computed at a time. wanted: metrics; None: all
+    metrics for which the file and the samples have what they need.
 
-    Raises:
-      DataError: the file cannot be read, or is of other features than `space`'s, or of images of another size; or there
-        are not 2 samples.
+    Raises, before any features are computed:
+      DataError: the file cannot be read, or has other features than `space`, or images of another size than the
+        samples; or there are fewer than 2 samples.
       UserError: a wanted metric lacks something.
     """
     path = Path(path).expanduser()
     if path.is_dir():
         raise DataError(
-            f"{path} is a folder; a reference is an npz file, which is made of it by --source=folder:{path} "
-            "--resolution=SIDE --write_reference=REF.npz"
+            f"{path} is a folder; a reference is an npz file. Write one with `python -m sddit_jax.evaluate "
+            f"--source=folder:{path} --resolution=SIDE --write_reference=REF.npz`"
         )
     file = open_evaluation_file(path, POOL_FEATURES if space.name == "inception" else None)
     if file.pool is None or not _made_with(path, file, space):
-        # As in ADM's evaluator: statistics of the file, where it has any, else of its images.
+        # ADM's evaluator too takes the file's statistics if it has any, and otherwise its images.
         file = file._replace(pool=None, spatial=None, features_KD=None, count=None)
     _check_shape(path, file, space, samples_shape)
     skipped = {name: why for name in METRICS if (why := _lacking(name, path, file, space, samples_shape[0]))}
@@ -62,7 +63,7 @@ def open_reference(
         images = measure_set(space, file.images, batch_size, f"reference {path}", keep=keep)
         pool_ND = images.pool_ND
         if pool is None:
-            pool, spatial, count = _statistics(images.moments), _statistics(images.spatial), images.count
+            (pool, spatial), count = _statistics(images), images.count
     record = {
         "path": str(path),
         "sha256": sha256_of(path),
@@ -83,20 +84,21 @@ def write_reference(
     batch_size: int,
     keep: int,
 ) -> int:
-    """Writes statistics of images, features of some, and a record; returns how many images the statistics are of.
+    """Writes statistics of images, features of `keep` of them, and a record, to a file that `open_reference` reads.
 
-    keep: of how many images, evenly over all, the features are kept. Raises UserError.
+    keep: number of images, spread evenly over all, whose features are kept. Returns the number of images that the
+    statistics are of: all that could be read. Raises UserError.
     """
     path = Path(path).expanduser()
     if path.suffix != ".npz":
-        raise DataError(f"{path}: a file of statistics is called NAME.npz")
+        raise DataError(f"{path}: the name of a file of statistics should be NAME.npz")
     check_output(path)
     count = images.shape[0]
     keep = min(keep, count)
     kept_N = np.zeros(count, bool)
     kept_N[np.arange(keep) * count // max(keep, 1)] = True
     measured = measure_set(space, images, batch_size, "features", keep=kept_N)
-    pool, spatial = _statistics(measured.moments), _statistics(measured.spatial)
+    pool, spatial = _statistics(measured)
     for name, statistics in ((distance_name(space), pool), ("sfid", spatial)):
         if statistics and (words := metrics.few_images(statistics.covariance_DD, measured.count)):
             log.warning("%s: %s", METRICS[name].title if name in METRICS else name, words)
@@ -116,32 +118,30 @@ def write_reference(
 def measure_set(
     space: FeatureSpace, images: ImageSet, batch_size: int, words: str, *, keep: bool | np.ndarray
 ) -> Measured:
-    """`measure` with progress in the log."""
-    progress = Progress(images.shape[0], primary=jax.process_index() == 0, unit="image")
-    try:
+    """`measure` with its progress in the log, beside `words`."""
+    with closing(Progress(images.shape[0], primary=jax.process_index() == 0, unit="image")) as progress:
         return measure(space, images.batches(batch_size), keep=keep, on_batch=lambda n: progress.show(n, words))
-    finally:
-        progress.close()
 
 
-def _statistics(moments: metrics.RunningMoments | None) -> Statistics | None:
-    return None if moments is None else Statistics(*moments.finalise())
+def _statistics(measured: Measured) -> tuple[metrics.Statistics, metrics.Statistics | None]:
+    """Of pooled and of spatial features."""
+    return measured.moments.finalise(), None if measured.spatial is None else measured.spatial.finalise()
 
 
 def _made_with(path: Path, file: EvaluationFile, space: FeatureSpace) -> bool:
-    """Whether a file's statistics are of the features of `space`; those that do not say are Inception's, as ADM's.
+    """Whether a file's statistics are of the features of `space`. Without a record, as in ADM's files, it is Inception.
 
-    Raises DataError if they are of others, and there are no images to take instead.
+    Raises DataError if they are of other features and the file has no images.
     """
     features = file.record.get("features", {"name": "inception"})
     for key in ("name", "weights_sha256"):
         if key in features and features[key] != space.record.get(key):
             if file.images is not None:
-                log.warning("%s: its statistics have features of %s %s; its images are taken", path, key, features[key])
+                log.warning("%s has statistics of features of %s %s: its images are used", path, key, features[key])
                 return False
             raise DataError(
                 f"{path} has statistics of features of {key} {features[key]}, but the samples' features have "
-                f"{space.record.get(key)}; write it again with these"
+                f"{space.record.get(key)}; write the file again with the samples' features"
             )
     return True
 
@@ -149,7 +149,7 @@ def _made_with(path: Path, file: EvaluationFile, space: FeatureSpace) -> bool:
 def _check_shape(
     path: Path, file: EvaluationFile, space: FeatureSpace, samples_shape: tuple[int, int, int, int]
 ) -> None:
-    """Raises DataError if samples are too few, or a file is of images of another size or of as many other features."""
+    """Raises DataError for fewer than 2 samples, or a file with another size of images or number of features."""
     count, height, width, _ = samples_shape
     if count < 2:
         raise DataError(f"{count} sample has no covariance; at least 2 are needed")
@@ -157,7 +157,7 @@ def _check_shape(
     if known is not None and tuple(known[:2]) != (height, width):
         raise DataError(
             f"the samples are {height}x{width}, but the images of {path} are {known[0]}x{known[1]}; both should have "
-            "one resolution"
+            "one size"
         )
     if file.pool is None and file.images.shape[1:] == samples_shape[1:]:
         return
@@ -171,7 +171,7 @@ def _check_shape(
 
 
 def _lacking(name: str, path: Path, file: EvaluationFile, space: FeatureSpace, samples: int) -> str:
-    """What a metric would need besides what there is; empty if nothing."""
+    """What a metric needs that the file or the samples lack; empty if nothing. samples: their number."""
     metric = METRICS[name]
     if metric.of_inception and space.name != "inception":
         return f"it is of features of Inception, not of {space.name}"

@@ -4,16 +4,16 @@
     mu, sigma          mean [2048] and covariance [2048, 2048] of the pooled features: FID
     mu_s, sigma_s      mean [2023] and covariance [2023, 2023] of the spatial features: sFID
 
-ADM's reference files hold 10,000 images and the statistics of the whole training set; FID and sFID are computed from
-the statistics, precision and recall from the images. Files of FID's first code have mu and sigma alone. The files that
-are written here have no images, but mu, sigma, mu_s and sigma_s, and three more:
+ADM's reference files hold 10,000 images and the statistics of the whole training set: FID and sFID are computed from
+the statistics, precision and recall from the images. Files of FID's first code have only mu and sigma.
+`write_statistics` writes no images, but mu, sigma, mu_s, sigma_s and:
 
-    count              how many images the statistics are of
-    features           pooled features of some of the images, float32 or float64 [K, 2048]: precision, recall, KID
-    record             JSON: how they were made; where it has them, `features` is an object and `image_shape` [H, W, C]
+    count              number of images that the statistics are of
+    features           pooled features of K of these images, float32 or float64 [K, 2048]: precision, recall, KID
+    record             JSON: how the file was made; `features`, an object, and `image_shape`, [H, W, C], are read
 
-Other features than Inception's have another size, and no mu_s and sigma_s.
-The files are not trusted: nothing is unpickled, and no array is read before its type and shape are known to be right.
+Other feature spaces than Inception have another size than 2048, and no mu_s and sigma_s.
+The files are not trusted: nothing is unpickled, and an array is read only after its type and shape were checked.
 """
 
 import json
@@ -32,35 +32,35 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from sddit_jax.errors import DataError
+from sddit_jax.evaluation.metrics import Statistics
 from sddit_jax.files import explained, whole
 from sddit_jax.models.inception import POOL_FEATURES, SPATIAL_FEATURES
 
 _RECORD_BYTES = 1 << 20
-# What zipfile and NumPy raise for files that are not as they should be; they have no error of their own for it.
+# Words for a type -> whether a dtype is of it.
+_TYPES = {
+    "uint8": lambda dtype: dtype == np.uint8,
+    "float32 or float64": lambda dtype: dtype.kind == "f" and dtype.itemsize in (4, 8),
+    "an integer": lambda dtype: dtype.kind in "iu",
+    "a short string": lambda dtype: dtype.kind == "U" and dtype.itemsize <= _RECORD_BYTES,
+}
+# zipfile and NumPy have no error of their own for a damaged file. They raise these.
 _DAMAGED = (
     OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, SyntaxError, RuntimeError, MemoryError,
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, tokenize.TokenError,
 )  # fmt: skip
 
 
-class Statistics(NamedTuple):
-    """Mean [D] and covariance [D, D] of features, float64."""
-
-    mean_D: np.ndarray
-    covariance_DD: np.ndarray
-
-
 class NpzImages(NamedTuple):
-    """The images of a file, which are read as they are needed: ten gigabytes for 50,000 of 256 x 256 pixels."""
+    """The images of a file. `batches` reads them as they are needed: 50,000 of 256 x 256 pixels are 10 GB."""
 
     path: Path
     shape: tuple[int, int, int, int]
 
     def batches(self, size: int) -> Iterator[np.ndarray]:
-        """uint8 [size, H, W, 3] in the order of the file; the last may be smaller.
+        """uint8 [size, H, W, 3] in the order of the file; the last batch may be smaller.
 
-        Raises:
-          DataError: the file is damaged, which for a checksum shows at its end.
+        Raises DataError if the file is damaged, which its checksum shows after the last batch.
         """
         count, *image = self.shape
         with _reading(self.path), zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
@@ -74,10 +74,7 @@ class NpzImages(NamedTuple):
 
 
 class EvaluationFile(NamedTuple):
-    """What a file holds; None or, of `record`, empty for what it does not.
-
-    pool, spatial: for FID and sFID. features_KD: pooled features of some of the images that `pool` is of.
-    """
+    """The contents of a file; see above. Parts that it lacks are None, and a record that it lacks is {}."""
 
     images: NpzImages | None
     pool: Statistics | None
@@ -88,35 +85,36 @@ class EvaluationFile(NamedTuple):
 
 
 def open_evaluation_file(path: str | os.PathLike[str], dimension: int | None = POOL_FEATURES) -> EvaluationFile:
-    """Reads all but the images of an npz file of ADM's or of `write_statistics`.
+    """Reads an npz file of ADM or of `write_statistics`, but for its images.
 
-    dimension: of the features that mu is to be of; None: whatever the file has.
+    dimension: number of features that mu should have; None: any.
 
-    Raises:
-      DataError: no such file, a damaged one, one with neither images nor statistics, or it names what is of a wrong
-        type or shape, not finite, or no covariance.
+    Raises DataError: the file is missing, damaged, or has neither images nor statistics; or an array has a wrong type
+    or shape, is not finite, or is no covariance.
     """
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path} is not a file")
     with _reading(path), zipfile.ZipFile(path) as archive:
-        names = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
         # Damage to the directory could hide an array: by its name, which opening compares with a second copy, or as
-        # the comment of the one before.
+        # the comment of the entry before.
         for member in archive.infolist():
             archive.open(member).close()
             if member.comment:
                 raise DataError(f"{path} is damaged, or not from NumPy: {member.filename} has a comment")
-        if not names & {"arr_0", "mu"}:
-            raise DataError(f"{path} has neither arr_0 (images) nor mu and sigma; it has {sorted(names) or 'nothing'}")
-        pool = _read_statistics(path, archive, names, "mu", "sigma", dimension)
+        file = _Npz(path, archive)
+        if not file.names & {"arr_0", "mu"}:
+            raise DataError(
+                f"{path} has neither arr_0 (images) nor mu and sigma; it has {sorted(file.names) or 'nothing'}"
+            )
+        pool = _read_statistics(file, "mu", "sigma", dimension)
         return EvaluationFile(
-            _open_images(path, archive) if "arr_0" in names else None,
+            _open_images(file) if "arr_0" in file.names else None,
             pool,
-            _read_statistics(path, archive, names, "mu_s", "sigma_s", SPATIAL_FEATURES),
-            _read_features(path, archive, pool) if "features" in names else None,
-            _read_count(path, archive) if "count" in names else None,
-            _read_record(path, archive) if "record" in names else {},
+            _read_statistics(file, "mu_s", "sigma_s", SPATIAL_FEATURES),
+            _read_features(file, pool) if "features" in file.names else None,
+            _read_count(file) if "count" in file.names else None,
+            _read_record(file) if "record" in file.names else {},
         )
 
 
@@ -128,10 +126,7 @@ def write_statistics(
     count: int,
     record: dict[str, Any],
 ) -> None:
-    """Writes a file of statistics of `count` images, and of the features of K of them.
-
-    Raises DataError if it cannot.
-    """
+    """Writes the statistics of `count` images and the features of K of them. Raises DataError if it cannot."""
     arrays = {"mu": pool.mean_D, "sigma": pool.covariance_DD}
     if spatial is not None:
         arrays |= {"mu_s": spatial.mean_D, "sigma_s": spatial.covariance_DD}
@@ -160,97 +155,85 @@ def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     raise ValueError(f"an array of version {version}")
 
 
-def _header(path: Path, archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
-    with archive.open(f"{name}.npy") as member:
-        shape, fortran, dtype = _read_header(member)
-    if dtype.hasobject:
-        raise DataError(f"{path}: {name} holds pickled objects, which are not read")
-    return shape, fortran, dtype
+class _Npz:
+    """An open file. Arrays are named without their suffix."""
+
+    def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
+        self.path, self._archive = path, archive
+        self.names = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
+
+    def check(self, name: str, kind: str, *axes: int | str) -> tuple[tuple[int, ...], bool]:
+        """The shape of an array, and whether it is in Fortran's order. Raises DataError for another type or shape.
+
+        kind: of `_TYPES`. axes: the size of each, or a letter for any size from 1.
+        """
+        with self._archive.open(f"{name}.npy") as member:
+            shape, fortran, dtype = _read_header(member)
+        if dtype.hasobject:
+            raise DataError(f"{self.path}: {name} holds pickled objects, which are not read")
+        fits = len(shape) == len(axes) and all(
+            size == axis or (size >= 1 and isinstance(axis, str)) for size, axis in zip(shape, axes, strict=True)
+        )
+        if not (fits and _TYPES[kind](dtype)):
+            wanted = kind + (f" of shape [{', '.join(map(str, axes))}]" if axes else "")
+            raise DataError(f"{self.path}: {name} is {dtype} of shape {list(shape)}; it should be {wanted}")
+        return shape, fortran
+
+    def read(self, name: str, kind: str, *axes: int | str) -> np.ndarray:
+        """The values of an array. Raises as `check`, and DataError for values that are not finite."""
+        self.check(name, kind, *axes)
+        with self._archive.open(f"{name}.npy") as member:
+            values = np.lib.format.read_array(member, allow_pickle=False)
+            # zipfile compares the checksum at the end.
+            if member.read(1):
+                raise ValueError(f"{name} is longer than its header says")
+        if values.dtype.kind == "f" and (bad := int((~np.isfinite(values)).sum())):
+            raise DataError(f"{self.path}: {name} has {bad} values that are not finite")
+        return values
 
 
-def _read(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    with archive.open(f"{name}.npy") as member:
-        values = np.lib.format.read_array(member, allow_pickle=False)
-        # The checksum is compared at the end.
-        if member.read(1):
-            raise ValueError(f"{name} is longer than its header says")
-    return values
-
-
-def _open_images(path: Path, archive: zipfile.ZipFile) -> NpzImages:
-    shape, fortran, dtype = _header(path, archive, "arr_0")
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or min(shape) < 1:
-        raise DataError(f"{path}: arr_0 is {dtype} of shape {list(shape)}; images are uint8 [N, H, W, 3]")
+def _open_images(file: _Npz) -> NpzImages:
+    shape, fortran = file.check("arr_0", "uint8", "N", "H", "W", "C")
+    if shape[3] not in (1, 3):
+        raise DataError(f"{file.path}: arr_0 is of shape {list(shape)}; images are [N, H, W, 3] or [N, H, W, 1]")
     if fortran:
-        raise DataError(f"{path}: arr_0 is in Fortran's order; images have to lie one after the other")
-    return NpzImages(path, shape)
+        raise DataError(f"{file.path}: arr_0 is in Fortran's order; it should have one image after the other")
+    return NpzImages(file.path, shape)
 
 
-def _read_statistics(
-    path: Path, archive: zipfile.ZipFile, names: set[str], mean: str, covariance: str, dimension: int | None
-) -> Statistics | None:
-    present = {mean, covariance} & names
+def _read_statistics(file: _Npz, mean: str, covariance: str, dimension: int | None) -> Statistics | None:
+    present = {mean, covariance} & file.names
     if not present:
         return None
     if len(present) == 1:
-        raise DataError(f"{path} has {present.pop()} alone; {mean} and {covariance} belong together")
-    if dimension is None:
-        shape = _header(path, archive, mean)[0]
-        dimension = shape[0] if shape else 0
-    for name, wanted in ((mean, (dimension,)), (covariance, (dimension, dimension))):
-        shape, _, dtype = _header(path, archive, name)
-        if dtype.kind != "f" or dtype.itemsize not in (4, 8) or shape != wanted:
-            raise DataError(
-                f"{path}: {name} is {dtype} of shape {list(shape)}; it should be float64 or float32 of shape "
-                f"{list(wanted)}"
-            )
-    found = Statistics(*(_read_finite(path, archive, name).astype(np.float64) for name in (mean, covariance)))
-    matrix = found.covariance_DD
+        raise DataError(f"{file.path} has {present.pop()} alone; {mean} and {covariance} belong together")
+    mean_D = file.read(mean, "float32 or float64", dimension or "D").astype(np.float64)
+    matrix = file.read(covariance, "float32 or float64", len(mean_D), len(mean_D)).astype(np.float64)
     if np.abs(matrix - matrix.T).max() > 1e-6 * np.abs(matrix).max() or np.diagonal(matrix).min() < 0:
-        raise DataError(f"{path}: {covariance} is no covariance: it is not symmetric, or has variances below 0")
-    return found
+        raise DataError(f"{file.path}: {covariance} is no covariance: it is not symmetric, or has variances below 0")
+    return Statistics(mean_D, matrix)
 
 
-def _read_features(path: Path, archive: zipfile.ZipFile, pool: Statistics | None) -> np.ndarray:
+def _read_features(file: _Npz, pool: Statistics | None) -> np.ndarray:
     if pool is None:
-        raise DataError(f"{path} has features without mu and sigma; they belong together")
-    shape, _, dtype = _header(path, archive, "features")
-    dimension = len(pool.mean_D)
-    if dtype not in (np.float32, np.float64) or len(shape) != 2 or shape[0] < 1 or shape[1] != dimension:
-        raise DataError(
-            f"{path}: features is {dtype} of shape {list(shape)}; it should be float32 or float64 of shape "
-            f"[K, {dimension}]"
-        )
-    return _read_finite(path, archive, "features")
+        raise DataError(f"{file.path} has features without mu and sigma; they belong together")
+    return file.read("features", "float32 or float64", "K", len(pool.mean_D))
 
 
-def _read_finite(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    values = _read(archive, name)
-    if bad := int((~np.isfinite(values)).sum()):
-        raise DataError(f"{path}: {name} has {bad} values that are not finite")
-    return values
-
-
-def _read_count(path: Path, archive: zipfile.ZipFile) -> int:
-    shape, _, dtype = _header(path, archive, "count")
-    if shape != () or dtype.kind not in "iu":
-        raise DataError(f"{path}: count is {dtype} of shape {list(shape)}; it should be an integer")
-    count = int(_read(archive, "count"))
+def _read_count(file: _Npz) -> int:
+    count = int(file.read("count", "an integer"))
     if count < 2:
-        raise DataError(f"{path}: count is {count}; a covariance is of at least 2 images")
+        raise DataError(f"{file.path}: count is {count}; a covariance is of at least 2 images")
     return count
 
 
-def _read_record(path: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
-    shape, _, dtype = _header(path, archive, "record")
-    if shape != () or dtype.kind != "U" or dtype.itemsize > _RECORD_BYTES:
-        raise DataError(f"{path}: record is {dtype} of shape {list(shape)}; it should be a short string")
-    record = json.loads(str(_read(archive, "record")))
+def _read_record(file: _Npz) -> dict[str, Any]:
+    record = json.loads(str(file.read("record", "a short string")))
     if not isinstance(record, dict):
-        raise DataError(f"{path}: record holds a {type(record).__name__}; it should hold an object")
+        raise DataError(f"{file.path}: record holds a {type(record).__name__}; it should hold an object")
     if not isinstance(features := record.get("features", {}), dict):
-        raise DataError(f"{path}: features of record is {features!r}; it should be an object")
+        raise DataError(f"{file.path}: features of record is {features!r}; it should be an object")
     image_shape = record.get("image_shape", [1, 1, 1])
     if not isinstance(image_shape, list) or [type(side) for side in image_shape] != [int] * 3:
-        raise DataError(f"{path}: image_shape of record is {image_shape!r}; it should be [height, width, channels]")
+        raise DataError(f"{file.path}: image_shape of record is {image_shape!r}; it should be [H, W, C]")
     return record

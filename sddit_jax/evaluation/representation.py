@@ -1,4 +1,4 @@
-"""What the encoder knows of images: its features at any noise level, and how well they tell the classes apart.
+"""Probes of the encoder: its features at any noise level, and how well classifiers of these features do.
 
 The condition is always the null label: adaLN would put the label itself into the features.
 """
@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,7 @@ from sddit_jax.config.border import resolve
 from sddit_jax.config.parts import make_parts
 from sddit_jax.config.schema import Config
 from sddit_jax.data.image_sources import Source
+from sddit_jax.data.loader import random_words
 from sddit_jax.data.sources import held_out_split, open_source
 from sddit_jax.errors import DataError, UserError
 from sddit_jax.evaluation.diagnosis import discrimination_of
@@ -34,7 +36,7 @@ from sddit_jax.runs.pictures import principal_pictures
 
 log = logging.getLogger("sddit_jax")
 
-# The encoders of a run, and where they are in its state; a teacher that is the EMA itself has no place of its own.
+# The encoders of a run, and their places in its state. A teacher that is the EMA has no place of its own.
 STATE_PATHS = {
     "ema": "ema/default/encoder",
     "params": "params/network/encoder",
@@ -42,11 +44,11 @@ STATE_PATHS = {
 }
 WEIGHTS = tuple(STATE_PATHS)
 NEIGHBOURS, TEMPERATURE = 20, 0.07
-# Features on the host at one time; more blocks than fit are computed in several passes.
+# Memory for features on the host. The blocks are divided among as many passes as they need.
 FEATURE_BYTES = 4e9
-# Of a dataset that is not split: every fifth image is for testing.
+# One in so many images of a dataset without a test split is for testing.
 TEST_SHARE = 5
-# The stream of random words that splits a dataset; the loader's are numbered by epochs.
+# The stream of random words that shuffles a dataset. The loader's streams are numbered by epochs, and far below.
 SPLIT_STREAM = 2**63
 
 
@@ -59,10 +61,10 @@ def encode(
     sigma: jax.Array,
     blocks: Sequence[int],
 ) -> tuple[jax.Array | None, jax.Array]:
-    """[CLS] [B, blocks, D], or None if the encoder has none, and patch tokens [B, blocks, N, D], float32, at sigma.
+    """Outputs of blocks at noise level sigma: [CLS] [B, blocks, D] and patch tokens [B, blocks, N, D], float32.
 
-    encoder: its parameters. batch: stored images, or moments of latents, of which the means are used. blocks: whose
-    outputs, the first block being 1. The noise of an image follows from `key` and its index.
+    encoder: its parameters. batch: stored images, or moments of latents, of which the means are used. index_B: the
+    noise of an image follows from `key` and its index. blocks: numbers from 1. [CLS] is None if the encoder has none.
     """
     m = parts.network.model
     x0_BHWC = parts.codec.expected(batch)
@@ -84,17 +86,23 @@ def encode(
 
 
 def pooled(cls_BKD: jax.Array | None, tokens_BKND: jax.Array) -> dict[str, jax.Array]:
-    """A vector for each image and block: [CLS], if there is one, and the mean of the patch tokens: [B, blocks, D]."""
+    """{cls: [CLS], if there is one, mean: the mean of the patch tokens}, each [B, blocks, D]."""
     features = {"mean": tokens_BKND.mean(axis=2)}
     return features if cls_BKD is None else {"cls": cls_BKD} | features
+
+
+def _patch_tokens(cls_BKD: jax.Array | None, tokens_BKND: jax.Array) -> jax.Array:
+    """The tokens [B, N, D] of one block."""
+    del cls_BKD
+    return tokens_BKND[:, 0]
 
 
 @dataclasses.dataclass(frozen=True)
 class LabelledImages:
     """Stored images with labels and numbers, on the host.
 
-    batch: {image: uint8 [n, H, W, C]} or {moments: float16 [n, 2, H, W, C]}. index_n: their numbers in the source,
-    which their noise follows from. stream: that of the noise, another for each source and split.
+    batch: {image: uint8 [n, H, W, C]} or {moments: float16 [n, 2, H, W, C]}. index_n: numbers in the source. stream: a
+    number for each source and split; the noise of an image follows from its number and the stream.
     """
 
     batch: dict[str, np.ndarray]
@@ -109,9 +117,9 @@ class LabelledImages:
 
 
 class FeatureExtractor:
-    """Computes features of any number of images, in batches that are split over all devices; on every host.
+    """Computes features of any number of images on all devices, and gives them to every host.
 
-    batch_size: images of one device at a time.
+    seed: of the noise. batch_size: images of one device at a time.
     """
 
     def __init__(self, parts: Parts, mesh: Mesh, seed: int, batch_size: int = 32) -> None:
@@ -122,13 +130,12 @@ class FeatureExtractor:
     def pooled(
         self, encoder: Any, images: LabelledImages, sigma: float, blocks: Sequence[int]
     ) -> dict[str, np.ndarray]:
-        """{cls, mean}, of each [n, blocks, D] float32; see `pooled`."""
+        """{cls, mean}, each float32 [n, blocks, D]; see `pooled`."""
         return self._map(pooled, encoder, images, sigma, blocks)
 
     def patches(self, encoder: Any, images: LabelledImages, sigma: float, block: int) -> np.ndarray:
-        """The patch tokens of a block, [n, N, D] float32."""
-        _, tokens_n1ND = self._map(_unpooled, encoder, images, sigma, (block,))
-        return tokens_n1ND[:, 0]
+        """The patch tokens of a block, float32 [n, N, D]."""
+        return self._map(_patch_tokens, encoder, images, sigma, (block,))
 
     def _map(
         self, kind: Callable[..., Any], encoder: Any, images: LabelledImages, sigma: float, blocks: Sequence[int]
@@ -144,17 +151,13 @@ class FeatureExtractor:
         return OverDevices(features, self.mesh, self._batch_size)
 
 
-def _unpooled(cls_BKD: jax.Array | None, tokens_BKND: jax.Array) -> tuple[jax.Array | None, jax.Array]:
-    return cls_BKD, tokens_BKND
-
-
 def load_encoders(
     workdir: Path, mesh: Mesh, weights: Sequence[str] = (), step: int | None = None
 ) -> tuple[Config, dict[str, Any], dict[str, Any]]:
-    """The configuration of a run, encoders by their names (see `WEIGHTS`), and the record of the checkpoint.
+    """The configuration of a run, its encoders by name, and the record of the checkpoint.
 
-    weights: empty for the EMA, and the teacher if the run has one of its own. The EMA alone is read without the rest
-    of the state. Raises UserError for a teacher that the run does not have, and CheckpointError.
+    weights: of `WEIGHTS`; empty: "ema", and "teacher" if the run's teacher is not the EMA. "ema" alone is read without
+    the rest of the state. Raises UserError for a teacher that the run does not have, and CheckpointError.
     """
     parts = make_parts(read_config(workdir))
     objective = discrimination_of(parts)
@@ -162,25 +165,23 @@ def load_encoders(
     if not weights:
         weights = ("ema", "teacher") if own_teacher else ("ema",)
     if "teacher" in weights and not own_teacher:
-        raise UserError(f"{workdir} has no teacher of its own; choose ema or params")
+        raise UserError(f"--weights=teacher: {workdir} has no teacher of its own; choose ema or params")
     if set(weights) == {"ema"}:
         abstract = abstract_state(parts, mesh)["ema"]
         ema, meta = open_checkpoints(workdir).restore_ema(abstract, step)
         return resolve(meta["config"]), {"ema": ema["default"]["encoder"]}, meta
     config, state, meta = restore_run(workdir, mesh, step)
-    found = {"ema": state["ema"]["default"], "params": state["params"]["network"]}
-    if own_teacher:
-        found["teacher"] = state["aux"][objective.name]["teacher"]
-    return config, {name: found[name]["encoder"] for name in weights}, meta
+    encoders = {name: functools.reduce(operator.getitem, STATE_PATHS[name].split("/"), state) for name in weights}
+    return config, encoders, meta
 
 
 def untrained_encoder(parts: Parts, mesh: Mesh) -> Any:
-    """The encoder that the run's network starts from, drawn with the run's seed."""
+    """The encoder from which the run started, initialised with the run's seed."""
 
     def init(key: jax.Array) -> Any:
         return parts.network.init(key)["encoder"]
 
-    layout = shardings(mesh, jax.eval_shape(init, jax.random.key(0)))
+    layout = shardings(mesh, parts.network.abstract["encoder"])
     return jax.jit(init, out_shardings=layout)(jax.random.key(parts.seed))
 
 
@@ -196,14 +197,14 @@ def load_images(
     num_test: int = 10_000,
     seed: int = 0,
 ) -> tuple[LabelledImages, LabelledImages, dict[str, Any]]:
-    """Images to fit a probe and images to test it, and the record of both.
+    """Images to fit a probe, images to test it, and the record of both.
 
-    The training images are of `source` and `split`, or of the run's if they are empty. The test images are of
-    `test_source` and `test_split`; if these are empty, of a split that the source comes with (see `held_out_split`);
-    and if it has none, a random fifth of the same images. At most `num_train` and `num_test`, random ones. An image
-    that comes twice, such as in place of one that cannot be read, is used once.
+    The training images are of `source` and `split`; empty: of the run's. The test images are of `test_source` and
+    `test_split`; empty: of the source's `held_out_split`, or for a source without one a random fifth of its images.
+    At most `num_train` and `num_test` images are drawn. An image that comes twice, such as in place of an image that
+    cannot be read, is used once.
 
-    codec: that of the run's data. Raises DataError if the data has no labels or is not what the network takes.
+    codec: of the run's data. Raises DataError if the data has no labels, or another codec than the run's.
     """
     spec = source or config.data.source
     split = split or ("train" if source else config.data.split)
@@ -212,11 +213,11 @@ def load_images(
         test_split = "train" if test_source else held_out_split(spec, split) or ""
     order_N = _shuffled(len(train), seed)
     if test_split == split and (test_source or spec) == spec:
-        raise DataError(f"{train.name} is to fit a probe and to test it; leave the split of one of them out")
+        raise DataError(f"{train.name} is to fit a probe and to test it; leave out one of the two splits")
     if test_split:
         test = _open(test_source or spec, test_split, config, codec)
         if test.class_names != train.class_names:
-            raise DataError(f"{test.name} and {train.name} have different classes")
+            raise DataError(f"{test.name} and {train.name} have different classes; a probe needs the same classes")
         parts = {"train": (train, order_N), "test": (test, _shuffled(len(test), seed))}
         rule = "split of its own"
     else:
@@ -234,7 +235,7 @@ def load_images(
             once &= ~np.isin(number_n, seen)
             seen = number_n
         if not once.any():
-            raise DataError(f"{opened.name}: no images for the {name} part of a probe; there are {len(opened)}")
+            raise DataError(f"{opened.name} has {len(opened)} images: none is left to {name} a probe")
         images[name] = read.keep(once)
         record[name] = {
             "source": opened.name,
@@ -255,13 +256,12 @@ def _open(spec: str, split: str, config: Config, codec: Mapping[str, Any]) -> So
 
 
 def _shuffled(count: int, seed: int) -> np.ndarray:
-    """0, ..., count - 1 in random order; Philox's words are the same in every version of NumPy."""
-    words = np.random.Philox(key=np.array([seed, SPLIT_STREAM], np.uint64)).random_raw(count)
-    return np.argsort(words, kind="stable")
+    """0, ..., count - 1 in random order."""
+    return np.argsort(random_words(seed, SPLIT_STREAM, 0, count), kind="stable")
 
 
 def _read(source: Source, index_n: np.ndarray, stream: int, num_threads: int) -> tuple[LabelledImages, np.ndarray]:
-    """These images, and the numbers of those that were read in fact."""
+    """The images `index_n`, and the numbers of the images that were read, some in place of unreadable ones."""
     chunks = [index_n[i : i + 256] for i in range(0, len(index_n), 256)] or [index_n]
     with ThreadPoolExecutor(num_threads) as pool:
         found = list(pool.map(lambda index_b: source.read(index_b, np.zeros(len(index_b), bool)), chunks))
@@ -271,7 +271,7 @@ def _read(source: Source, index_n: np.ndarray, stream: int, num_threads: int) ->
 
 
 def chance(train: LabelledImages, test: LabelledImages) -> float:
-    """The accuracy of always naming the most frequent class of the training images."""
+    """The accuracy on the test images of always naming the training images' most frequent class."""
     return float((test.label_n == np.bincount(train.label_n).argmax()).mean())
 
 
@@ -284,11 +284,11 @@ def probe(
     sigmas: Sequence[float],
     blocks: Sequence[int],
 ) -> list[dict[str, Any]]:
-    """Accuracies on the test images: a row for each of encoders, sigmas, blocks and features (see `pooled`).
+    """Accuracies on the test images: a row for each encoder, sigma, block and feature (see `pooled`).
 
-    knn, linear: see `neighbour_votes` and `linear_probe`. knn_untrained, linear_untrained: the same of the untrained
-    encoder, all of whose blocks give the same, since adaLN-Zero makes them the identity; for the same reason its [CLS]
-    is the same for every image, and tells nothing.
+    knn, linear: accuracies of `neighbour_votes` and `linear_probe`. knn_untrained, linear_untrained: of the untrained
+    encoder's last block. adaLN-Zero makes its blocks the identity, so that all give the same features, and [CLS] is the
+    same for every image.
     """
     rows = []
     for sigma in sigmas:
@@ -335,7 +335,7 @@ def _accuracies(
 
 
 def probe_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The rows of `probe` as lines to read."""
+    """The rows of `probe` as the lines of a table."""
     lines = [
         f"{'weights':<8} {'sigma':>7} {'block':>5}  {'feature':<7} "
         f"{'k-NN':>6} {'untrained':>9} {'linear':>7} {'untrained':>9}"
@@ -357,7 +357,7 @@ def principal_rows(
     block: int,
     size: int,
 ) -> np.ndarray:
-    """`principal_pictures` of the patch tokens, n for each sigma and encoder: uint8 [rows * n, size, size, 3]."""
+    """`principal_pictures` of the n images for each sigma and encoder: uint8 [sigmas * encoders * n, size, size, 3]."""
     return np.concatenate(
         [
             principal_pictures(features.patches(encoder, images, sigma, block), size)

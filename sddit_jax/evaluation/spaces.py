@@ -15,7 +15,10 @@ SPACES: Mapping[str, Callable[[str, Mesh, int], FeatureSpace]] = {
 
 
 def open_space(name: str, file: str, mesh: Mesh, batch_size: int) -> FeatureSpace:
-    """A feature space by name. Raises UserError for another name, or without weights that it needs; WeightsError."""
+    """A feature space by name. Raises UserError for an unknown name or missing weights, WeightsError for damaged ones.
+
+    file: of weights, "" for a space without. batch_size: images at a time, over all devices.
+    """
     if name not in SPACES:
-        raise UserError(f"features {name!r} are not one of {', '.join(SPACES)}")
+        raise UserError(f"features {name!r} are unknown; there are {', '.join(SPACES)}")
     return SPACES[name](file, mesh, batch_size)

@@ -1,4 +1,4 @@
-"""Samples as a person sees them: latents through an autoencoder's decoder, pixels as they are."""
+"""Turns samples into images: decodes latents with an autoencoder, and leaves pixels as they are."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -21,13 +21,13 @@ from sddit_jax.weights.autoencoder import is_tiny, load_autoencoder, load_tiny_a
 
 @dataclasses.dataclass(frozen=True)
 class Decode:
-    """decode(x [B, h, w, c]) -> what is shown and saved, both on the devices; `weights`: a hash, or empty."""
+    """decode(x [B, h, w, c]) -> images, or by default x itself. weights: hash of the decoder's weights, or empty."""
 
     function: Callable[[jax.Array], jax.Array] = lambda x: x
     weights: str = ""
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-        """B is divisible by the number of devices, over all of which the rows lie."""
+        """x: its rows are split over all devices, so that B is a multiple of their number."""
         return self.function(x_BHWC)
 
 
@@ -37,10 +37,10 @@ AS_IT_IS = Decode()
 def make_decode(
     decoder: Callable[[Any, jax.Array], jax.Array], params: Any, mesh: Mesh, weights: str, rows_per_device: int = 4
 ) -> Decode:
-    """latents float32 [B, h, w, c] -> uint8 images [B, H, W, 3].
+    """A `Decode` from latents float32 [B, h, w, c] to uint8 images [B, H, W, 3].
 
-    decoder(params, latents [B, h, w, c]) -> images in [-1, 1]. Each device decodes its rows `rows_per_device` at a
-    time: at 512 pixels an image takes a gigabyte on its way.
+    decoder(params, latents [B, h, w, c]) -> images in [-1, 1]. weights: the hash of `Decode`. rows_per_device: rows
+    that a device decodes at a time; an image of 512 pixels takes a gigabyte of memory while it is decoded.
     """
     params = jax.device_put({"decoder": params["decoder"]}, replicated(mesh))
 
@@ -58,16 +58,17 @@ def make_decode(
 
 
 def load_decode(autoencoder: str, codec: Mapping[str, Any], mesh: Mesh) -> Decode:
-    """How samples become what is shown and saved: pixels, and latents without an autoencoder, as they are.
+    """The `Decode` of a network's samples.
 
-    autoencoder: of latents, a folder, a file or a hub id, or empty. A tiny one decodes approximately, and cheaply.
-    codec: the record of the data that the network learnt. Raises WeightsError if the autoencoder cannot be loaded or is
-    not the one of the data.
+    autoencoder: as `load_autoencoder` or `load_tiny_autoencoder` takes it; empty: samples stay as they are. A tiny
+    autoencoder decodes approximately, at a fraction of the cost. codec: the record of the network's data.
+
+    Raises WeightsError if the autoencoder cannot be loaded, or did not make the network's data.
     """
     if not autoencoder:
         return AS_IT_IS
     if codec["name"] != "latents":
-        raise WeightsError(f"autoencoder {autoencoder}: the network learnt {codec['name']}, which need none")
+        raise WeightsError(f"autoencoder {autoencoder}: the network learnt {codec['name']}, which need no decoding")
     tiny = is_tiny(autoencoder)
     config, params = load_tiny_autoencoder(autoencoder) if tiny else load_autoencoder(autoencoder)
     if codec.get("channels", config.latent_channels) != config.latent_channels:
@@ -75,7 +76,7 @@ def load_decode(autoencoder: str, codec: Mapping[str, Any], mesh: Mesh) -> Decod
             f"{autoencoder} has {config.latent_channels} latent channels, but the network learnt {codec['channels']}"
         )
     if tiny:
-        # It was distilled to decode what diffusion sees, not what the encoder gives.
+        # A tiny autoencoder decodes normalised latents, as diffusion sees them.
         model, own = TinyAutoencoder(config), LatentCodec(tuple(codec["mean"]), tuple(codec["scale"]))
         return make_decode(
             lambda params, x_BHWC: model.decode(params, own.normalise(x_BHWC)), params, mesh, weights_hash(params)

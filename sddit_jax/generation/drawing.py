@@ -1,4 +1,4 @@
-"""Draws samples: onto every host; into a folder that goes on where a killed process ended; as labelled pictures."""
+"""Draws samples: as arrays on every host, into a folder that can be continued, and as labelled pictures."""
 
 import dataclasses
 import functools
@@ -33,10 +33,10 @@ CLASS_GRID_COLUMNS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Generator:
-    """All that images follow from: image i is a function of it and of i.
+    """Everything that image i follows from, beside i.
 
-    sample(levels=None): the pure function that draws a batch; see `sampler.make_sample`, which has the argument too.
-    noise_levels: those of its steps, and 0. params: on all devices of the mesh. labels(indices) -> int32 [N].
+    sample(levels=None): a pure function that draws a batch; see `sampler.make_sample` for it and for `levels`.
+    noise_levels: of its steps, and 0. params: on all devices of the mesh. labels(indices) -> int32 [N].
     """
 
     sample: Callable[..., Sample]
@@ -49,9 +49,12 @@ class Generator:
 
 
 def make_generate(sample: Sample, mesh: jax.sharding.Mesh, batch_size: int, decode: Decode = AS_IT_IS) -> Generate:
-    """generate(params, seed, label_N, index_N=0, 1, ...) -> images [N, H, W, C] on every host, compiled once.
+    """A function generate(params, seed, label_N, index_N=0, 1, ...) -> images [N, H, W, C] on every host.
 
-    Works through them in batches of `batch_size` rounded up to the devices, so that neither changes an image beyond
+        generate = make_generate(sample, mesh, 64)
+        images_NHWC = generate(params, seed=0, label_N=np.arange(10))
+
+    It computes batches of `batch_size`, rounded up to a multiple of the devices. Neither changes an image beyond
     rounding.
     """
     compute = OverDevices(sample, mesh, batch_size)
@@ -64,21 +67,21 @@ def make_generate(sample: Sample, mesh: jax.sharding.Mesh, batch_size: int, deco
 
 
 def draw_samples(generator: Generator, folder: SampleFolder) -> None:
-    """Draws the batches that a folder lacks, and completes it. All processes call this; process 0 alone writes.
+    """Draws the batches that a folder lacks, and completes the folder. All processes call this; only process 0 writes.
 
-    A batch is always computed whole and with the same indices, whatever part of it is asked for: so the bits of an
-    image do not depend on how the work was cut. The devices compute a batch while the one before is written.
+    A batch is always computed whole, whatever part of it the folder needs, so that the bits of an image do not depend
+    on how the indices are divided among jobs. The devices compute a batch while the one before is written.
 
     Raises:
       UserError: the folder holds other samples, or cannot be written.
-      Interrupted: by a signal; the batches that were being computed are kept.
+      Interrupted: a signal came; the batches that had been begun are finished and kept.
     """
     label_N = generator.labels(folder.indices)
     compute = OverDevices(generator.sample(), generator.mesh, folder.batch_size)
     missing = decided_by_primary(folder.begin)
     if missing and compute.size > folder.batch_size:
         log.warning(
-            "batches of %d take as long as batches of %d: %d devices compute equally many each",
+            "batches of %d take as long as batches of %d, the next multiple of %d devices",
             folder.batch_size, compute.size, generator.mesh.size,
         )  # fmt: skip
     total = len(folder.indices)
@@ -99,10 +102,10 @@ def draw_samples(generator: Generator, folder: SampleFolder) -> None:
                 yield start, generator.decode(compute.begin((generator.params, generator.seed), rows))
 
         def interrupted(signal: str) -> Interrupted:
-            return Interrupted(f"{signal}: {done} of {total} images are in {folder.path}; the same command goes on")
+            return Interrupted(f"{signal}: {done} of {total} images are in {folder.path}; the same command continues")
 
         def check() -> None:
-            # Several processes agree on signals, for which all would have to ask.
+            # Several processes agree on a signal only if all of them ask, and only process 0 calls this.
             if jax.process_count() == 1 and (signal := stopped_by()):
                 raise interrupted(signal)
 
@@ -116,9 +119,9 @@ def draw_samples(generator: Generator, folder: SampleFolder) -> None:
 
 
 def draw_strip(generator: Generator, first: int, path: Path, record: dict[str, Any]) -> None:
-    """A picture of how images arise, a row for each: the denoised image at noise levels from the highest to the lowest.
+    """Writes a PNG with a row for each of four images: denoised at noise levels from the highest to the lowest.
 
-    `record` is written into the PNG. Raises UserError if it cannot be written.
+    first: index of the first image. record: is written into the PNG. Raises UserError if it cannot be written.
     """
     steps = len(generator.noise_levels) - 1
     levels = np.unique(np.linspace(1, steps, min(steps, STRIP_COLUMNS)).round().astype(int))
@@ -137,9 +140,9 @@ def draw_strip(generator: Generator, first: int, path: Path, record: dict[str, A
 def draw_class_grid(
     generator: Generator, classes: Sequence[int], first: int, path: Path, record: dict[str, Any]
 ) -> None:
-    """A picture with a row for each class and a column for each noise, that of the images `first` and on.
+    """Writes a PNG with a row for each class and a column for each noise, of the images first, first + 1, ...
 
-    `record` is written into the PNG. Raises UserError if it cannot be written.
+    record: is written into the PNG. Raises UserError if it cannot be written.
     """
     columns = CLASS_GRID_COLUMNS
     index_N = np.tile(np.arange(first, first + columns), len(classes))

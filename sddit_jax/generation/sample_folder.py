@@ -1,14 +1,14 @@
-"""The files of samples, and how they are written so that a killed process loses only the batches it was computing.
+"""Folders of samples, written so that a killed process loses only the batches that it was computing.
 
 A folder of samples holds
 
-    samples.npz     arr_0: images, uint8 [N, H, W, C]; arr_1: labels, int32 [N]; as ADM's evaluator reads them
-    images/, labels.txt     with the format png instead: INDEX.png, and in each line of labels.txt a name and its label
-    samples.json    how they were made; written last
-    grid.png        the first 100
-    parts/          the finished batches, and what they are of; gone once samples.json is there
+    samples.npz     arr_0: images, uint8 [N, H, W, C]; arr_1: labels, int32 [N]; ADM's evaluator reads this file
+    images/, labels.txt     with the format png instead: INDEX.png; a line of labels.txt is a file's name and its label
+    samples.json    the record of how the images were made; written last
+    grid.png        the first 100 images
+    parts/          the finished batches, and their record; removed after samples.json was written
 
-Latents that nothing decodes are latents.npz (float32) and latents.json. The bytes of all files follow from the record
+Latents without an autoencoder are latents.npz (float32) and latents.json. The bytes of all files follow from the record
 and the devices alone.
 """
 
@@ -36,16 +36,16 @@ log = logging.getLogger("sddit_jax")
 
 PNG_THREADS = 8
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-# Where things lie and what they were computed on may change while samples are drawn; these follow from other keys, or
-# are kept as a list.
+# Keys of the record that may change between two commands for one folder: paths, and the devices.
 _NOT_IDENTITY = ("workdir", "autoencoder", "environments")
 
 
 class SampleFolder:
-    """Samples `indices` in a folder, in batches [k * batch_size, (k + 1) * batch_size).
+    """A folder for the samples `indices`, in batches [k * batch_size, (k + 1) * batch_size).
 
-    record: all that the images follow from, as JSON. environment: what they are computed on, which may change bits.
-    kind: "samples" (uint8) or "latents" (float32). Every method raises UserError for a folder that cannot be written.
+    record: everything that the images follow from, as JSON. environment: versions and devices, on which their bits
+    depend. kind: "samples" (uint8) or "latents" (float32). png: writes images/ instead of an npz file. Every method
+    raises UserError for a folder that cannot be written.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class SampleFolder:
         kind: str = "samples",
         png: bool = False,
     ) -> None:
-        self.path, self.indices, self.batch_size, self._kind, self._png = path, indices, batch_size, kind, png
+        self.path, self.indices, self.batch_size, self._png = path, indices, batch_size, png
         self._record = json.loads(json.dumps(record)) | {"environments": [environment]}
         self._parts, self._index = path / "parts", path / f"{kind}.json"
         self._product = path / ("images" if png else f"{kind}.npz")
@@ -72,13 +72,13 @@ class SampleFolder:
         return range(self.indices.start // self.batch_size * self.batch_size, self.indices.stop, self.batch_size)
 
     def own(self, start: int) -> range:
-        """The indices of a batch that are asked for."""
+        """The part of a batch that belongs to `indices`."""
         return range(max(start, self.indices.start), min(start + self.batch_size, self.indices.stop))
 
     def begin(self) -> list[int]:
-        """Makes the folder, or finds out how it is to be continued: the batches that are missing.
+        """Makes the folder, or continues it. Returns the first indices of the batches that are missing.
 
-        Raises UserError if it holds samples of another record, or another process is writing to it.
+        Raises UserError if the folder holds samples of another record, or another process is writing to it.
         """
         with self._writing():
             self._compare()
@@ -101,13 +101,13 @@ class SampleFolder:
             before = self._record["environments"][:-1]
             if before and missing:
                 log.warning(
-                    "%s was begun on %s and goes on on %s: images may differ by rounding from those of one of them",
+                    "%s was begun on %s and is continued on %s: the rounding of images differs between the two",
                     self.path, " and ".join(before), self._record["environments"][-1],
                 )  # fmt: skip
             return missing
 
     def write(self, start: int, images_BHWC: np.ndarray) -> None:
-        """Keeps a batch, of which the rows that are not asked for are left out."""
+        """Writes the rows of a batch that belong to `indices`."""
         own = self.own(start)
         images = images_BHWC[own.start - start : own.stop - start]
         with self._writing():
@@ -121,7 +121,7 @@ class SampleFolder:
                 list(pool.map(self._write_png, own, images))
 
     def finish(self, label_N: np.ndarray, check: Callable[[], None]) -> None:
-        """Makes the files out of the batches, which are all there; calls `check`, which may raise, now and then."""
+        """Makes the files out of all batches, and removes parts/. Calls `check`, which may raise, between batches."""
         if self._done:
             return
         with self._writing():
@@ -137,13 +137,13 @@ class SampleFolder:
             shutil.rmtree(self._parts)
 
     def _compare(self) -> None:
-        """Raises UserError if the folder holds samples of another record; takes over where they were computed."""
-        own = self._flat(self._record)
+        """Raises UserError if the folder holds samples of another record. Adds the environments of its own record."""
+        own = _identity(self._record)
         paths = [self._parts / "plan.json", *(self.path / f"{kind}.json" for kind in ("samples", "latents"))]
         records = [path for path in paths if path.exists()]
         for path in records:
             found = read_json(path, UserError, ending="; use another --output")
-            flat = self._flat(found)
+            flat = _identity(found)
             keys = [key for key in sorted(own.keys() | flat.keys()) if own.get(key) != flat.get(key)]
             if keys:
                 words = ", ".join(f"{key} {flat.get(key)!r:.60} instead of {own.get(key)!r:.60}" for key in keys[:5])
@@ -152,11 +152,7 @@ class SampleFolder:
             self._record["environments"] = before + self._record["environments"]
         unknown = [name for name in ("samples.npz", "latents.npz", "images") if (self.path / name).exists()]
         if unknown and not records:
-            raise UserError(f"{self.path} holds {unknown[0]}, and no record of how it was made; use another --output")
-
-    def _flat(self, record: dict[str, Any]) -> dict[str, Any]:
-        flat = flax.traverse_util.flatten_dict(record, sep="/")
-        return {key: value for key, value in flat.items() if key.rpartition("/")[2] not in _NOT_IDENTITY}
+            raise UserError(f"{self.path} holds {unknown[0]} without a record of how it was made; use another --output")
 
     def _part(self, start: int) -> Path:
         return self._parts / f"{start:010d}.npy"
@@ -167,28 +163,22 @@ class SampleFolder:
         try:
             return len(np.load(self._part(start), mmap_mode="r", allow_pickle=False)) == len(self.own(start))
         except (OSError, ValueError):
-            # Damaged: it is computed again.
+            # A damaged batch is computed again.
             return False
 
     def _first(self, count: int) -> np.ndarray:
-        """The first images."""
         if self._png:
             images = [np.asarray(Image.open(self._product / _png_name(index))) for index in self.indices[:count]]
             return np.stack([image.reshape(*image.shape[:2], -1) for image in images])
-        parts, found = [], 0
-        for start in self.starts:
-            parts.append(np.load(self._part(start), allow_pickle=False))
-            found += len(parts[-1])
-            if found >= count:
-                break
-        return np.concatenate(parts)[:count]
+        starts = [start for start in self.starts if start < self.indices.start + count]
+        return np.concatenate([np.load(self._part(start), allow_pickle=False) for start in starts])[:count]
 
     def _write_png(self, index: int, image_HWC: np.ndarray) -> None:
         with whole(self._product / _png_name(index), self._parts) as file:
             Image.fromarray(image_HWC.squeeze(-1) if image_HWC.shape[-1] == 1 else image_HWC).save(file, "png")
 
     def _write_npz(self, label_N: np.ndarray, check: Callable[[], None]) -> None:
-        """As np.savez, one batch at a time."""
+        """Writes what np.savez would, one batch at a time."""
 
         def batches() -> Iterator[np.ndarray]:
             for start in self.starts:
@@ -202,11 +192,17 @@ class SampleFolder:
             _write_array(archive, "arr_1", label_N.shape, label_N.dtype, [label_N])
 
     def _writing(self) -> AbstractContextManager[None]:
-        return explained(f"--output={self.path}", UserError, ending="; what is finished is kept")
+        return explained(f"--output={self.path}", UserError, ending="; finished batches are kept")
+
+
+def _identity(record: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a record, flat, that must be equal for two commands to draw the same samples."""
+    flat = flax.traverse_util.flatten_dict(record, sep="/")
+    return {key: value for key, value in flat.items() if key.rpartition("/")[2] not in _NOT_IDENTITY}
 
 
 def _png_name(index: int) -> str:
-    """Ten digits hold every index: so the names of several jobs together are in order."""
+    """Ten digits hold every index, so that sorted names are in the order of the indices."""
     return f"{index:010d}.png"
 
 
@@ -214,7 +210,7 @@ def _is_whole_png(path: Path) -> bool:
     try:
         content = path.read_bytes()
         with Image.open(io.BytesIO(content)) as image:
-            # The checksum of every chunk but the last, which is always the same.
+            # It compares the checksums of all chunks but the last, whose bytes never vary.
             image.verify()
     except (OSError, SyntaxError, ValueError):
         return False
@@ -224,8 +220,8 @@ def _is_whole_png(path: Path) -> bool:
 def _write_array(
     archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtype: np.dtype, parts: Iterator[np.ndarray]
 ) -> None:
-    """An array in an npz file, from its parts along the first axis."""
-    # The time of a ZipInfo is 1980 unless it is set.
+    """Writes an array to an npz file, from its parts along the first axis."""
+    # A ZipInfo without a time is of 1980: the bytes do not depend on when they are written.
     with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
         header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(member, header)

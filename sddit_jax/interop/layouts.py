@@ -1,4 +1,4 @@
-"""The state_dicts of the public MaskDiT and DiT codes, name by name, and ours.
+"""Layouts of the public MaskDiT and DiT codes and of our own: which tensor of a file is which tensor of ours.
 
 A layout lists the tensors of a network in the order of that code's state_dict, each with the tensor of pytorch.py that
 it holds. Both codes keep the fixed positions as tensors.
@@ -22,10 +22,12 @@ from sddit_jax.weights.files import Tensor, misfits, read_finite
 # The decoder of MaskDiT's code, the same for every size: depth, width -> heads.
 MASKDIT_DECODERS = {(8, 512): 16}
 
+# Prefixes of all names: of torch's wrappers, and of MaskDiT's.
 PREFIXES = ("module.", "_orig_mod.", "model.")
-# Positions lie in [-1, 1]: what rounding to bfloat16 does to them, and nothing else.
+# Rounding to bfloat16 moves positions, which lie in [-1, 1], by at most this much.
 POSITION_TOLERANCE = 2**-8
 
+# Linear layers: name in the public codes -> our name.
 BLOCK = {
     "attn.qkv": "attention.qkv",
     "attn.proj": "attention.out",
@@ -33,10 +35,27 @@ BLOCK = {
     "mlp.fc2": "mlp.out",
     "adaLN_modulation.1": "modulation.linear",
 }
+EMBEDDINGS = {
+    "x_embedder.proj": "encoder.patch",
+    "t_embedder.mlp.0": "encoder.time.hidden",
+    "t_embedder.mlp.2": "encoder.time.out",
+}
+BRIDGE = {
+    "decoder_layer.linear": "decoder.bridge.linear",
+    "decoder_layer.adaLN_modulation.1": "decoder.bridge.modulation.linear",
+}
+FINAL = {
+    "final_layer.linear": "decoder.final.linear",
+    "final_layer.adaLN_modulation.1": "decoder.final.modulation.linear",
+}
 
 
 class Entry(NamedTuple):
-    """A tensor of a layout: ours that it holds (None: the fixed positions, `value`), its shape, if it is transposed."""
+    """A tensor of a file.
+
+    ours: the name of our tensor that it holds; None for the fixed positions, whose values are `value`. shape: in the
+    file. transposed: whether the file has the transpose of ours.
+    """
 
     ours: str | None
     shape: tuple[int, ...]
@@ -44,15 +63,11 @@ class Entry(NamedTuple):
     value: np.ndarray | None = None
 
     def to_file(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-        """What stands in the file, from the arrays of our state_dict."""
+        """The array to write. arrays: our state_dict."""
         if self.ours is None:
             return self.value
         array = arrays[self.ours]
         return np.ascontiguousarray((array.T if self.transposed else array).reshape(self.shape))
-
-    def from_file(self, array: np.ndarray) -> np.ndarray:
-        """What stands in our state_dict, but for its shape."""
-        return array.T if self.transposed else array
 
 
 Entries = dict[str, Entry]
@@ -60,10 +75,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Layout(NamedTuple):
-    """A code's layout of parameters.
+    """How a code names and shapes its parameters.
 
-    entries: the layout of a network, of as much of it as the code has a place for. infer: the configuration that the
-    shapes of a file tell. prefix: what the code puts before every name.
+    name: the code. entries(network): name -> tensor, for the part of the network that the code can hold.
+    infer(shapes): the configuration of the network in a file, from the shapes of the file's tensors by name; raises
+    WeightsError for no published network. prefix: stands before every name in a file that the code writes.
     """
 
     name: str
@@ -84,29 +100,26 @@ def _maskdit_entries(network: Network) -> Entries:
         entries["decoder_pos_embed"] = _positions(m.decoder_width, m)
         if "decoder.mask_token" in ours:
             entries["mask_token"] = Entry("decoder.mask_token", (1, 1, m.decoder_width))
-    entries |= _embeddings(ours)
+    entries |= _linear(ours, EMBEDDINGS)
     if m.num_classes and m.null_label == "zero":
         entries["y_embedder.embedding_table.weight"] = Entry("encoder.label.table", (m.width, m.num_classes), True)
-    entries |= _blocks(ours, "blocks", "encoder", m.depth)
+    entries |= _linear(ours, _blocks("blocks", "encoder", m.depth))
     if m.decoder_depth:
-        entries |= _linear(ours, "decoder_layer.linear", "decoder.bridge.linear")
-        entries |= _linear(ours, "decoder_layer.adaLN_modulation.1", "decoder.bridge.modulation.linear")
-        entries |= _blocks(ours, "decoder_blocks", "decoder", m.decoder_depth)
-    return entries | _final(ours)
+        entries |= _linear(ours, BRIDGE | _blocks("decoder_blocks", "decoder", m.decoder_depth))
+    return entries | _linear(ours, FINAL)
 
 
 def _dit_entries(network: Network) -> Entries:
-    """Labels are a table, the null label its last row."""
+    """Labels are a table whose last row is the null label."""
     m, ours = network.model, _own_entries(network)
-    entries = {"pos_embed": _positions(m.width, m)} | _embeddings(ours)
+    entries = {"pos_embed": _positions(m.width, m)} | _linear(ours, EMBEDDINGS)
     if m.num_classes and m.null_label == "row":
         entries["y_embedder.embedding_table.weight"] = Entry("encoder.label.table", (m.num_classes + 1, m.width))
-    entries |= _blocks(ours, "blocks", "encoder", m.depth)
-    return entries | _final(ours)
+    return entries | _linear(ours, _blocks("blocks", "encoder", m.depth) | FINAL)
 
 
 def _infer_maskdit(shapes: Shapes) -> ml_collections.ConfigDict:
-    """MaskDiT's training for the network of these shapes; without a mask token, without its loss on masked patches."""
+    """MaskDiT's training of the network; a file without a mask token is trained without the reconstruction loss."""
     depth = _depth(shapes, "decoder_blocks")
     config = default_config("maskdit" if depth else "dit")
     table = shapes.get("y_embedder.embedding_table.weight", (0, 0))
@@ -115,17 +128,18 @@ def _infer_maskdit(shapes: Shapes) -> ml_collections.ConfigDict:
         if depth:
             width = _shape(shapes, "decoder_pos_embed", 3)[2]
             if (depth, width) not in MASKDIT_DECODERS:
-                raise WeightsError(_unknown(f"a decoder of depth {depth} and width {width}"))
+                raise _unknown(f"a decoder of depth {depth} and width {width}")
             heads = MASKDIT_DECODERS[depth, width]
             config.model.update({"decoder_depth": depth, "decoder_width": width, "decoder_heads": heads})
         if depth and "mask_token" not in shapes:
             config.masking.fill = "zeros"
             config.objectives.reconstruction.weight = 0.0
-    return _trained_on_latents(config)
+        config.codec.name, config.codec.scale = "latents", (STABLE_DIFFUSION_SCALE,)
+    return config
 
 
 def _infer_dit(shapes: Shapes) -> ml_collections.ConfigDict:
-    """DiT's network with its own DDPM; the variance that it learnt is used by the sampler, not trained."""
+    """DiT's network with its DDPM. The sampler uses the learnt variance; training does not train it."""
     config = default_config("dit")
     table = shapes.get("y_embedder.embedding_table.weight", (1, 0))
     with config.unlocked():
@@ -135,7 +149,8 @@ def _infer_dit(shapes: Shapes) -> ml_collections.ConfigDict:
         config.model.learn_sigma = outputs == 2 * config.model.channels
         config.diffusion.name = "ddpm"
         config.sampling.solver, config.sampling.steps = "ddpm", 250
-    return _trained_on_latents(config)
+        config.codec.name, config.codec.scale = "latents", (STABLE_DIFFUSION_SCALE,)
+    return config
 
 
 OWN = Layout("sddit_jax", _own_entries)
@@ -150,7 +165,7 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def shared_prefix(names: Iterable[str]) -> str:
-    """What all names start with and says nothing: prefixes of torch's wrappers, and MaskDiT's `model.`."""
+    """The `PREFIXES` that all names start with, such as 'module.model.'; empty if there is none."""
     names, found = list(names), ""
     while added := next((p for p in PREFIXES if names and all(name.startswith(found + p) for name in names)), ""):
         found += added
@@ -158,7 +173,7 @@ def shared_prefix(names: Iterable[str]) -> str:
 
 
 def homeless(layout: Layout, network: Network) -> list[str]:
-    """The tensors of a network that a code has no place for."""
+    """The names of a network's tensors that a layout cannot hold."""
     held = {entry.ours for entry in layout.entries(network).values()}
     return [name for name in places(network) if name not in held]
 
@@ -166,14 +181,14 @@ def homeless(layout: Layout, network: Network) -> list[str]:
 def fit(
     layout: Layout, network: Network, tensors: Mapping[str, Tensor], where: str, *, partial: bool
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The tensors of a file as arrays of our state_dict, float32, and a line for each that does not fit.
+    """The float32 arrays of our state_dict in a file, but for their shapes, and a line for each tensor that misfits.
 
-    where: names the file. Raises WeightsError with all the lines if there are any, unless `partial`: then what does not
-    fit is left out, and it is an error if nothing is left.
+    where: the file, for messages. Raises WeightsError with these lines if there are any. With `partial` tensors that do
+    not fit are left out, and only a file in which none fits is an error.
     """
     prefix, entries = shared_prefix(tensors), layout.entries(network)
     faults = misfits(tensors, {prefix + name: entry.shape for name, entry in entries.items()})
-    faults |= {name: f"{name} is missing, for which {layout.name} has no place" for name in homeless(layout, network)}
+    faults |= {name: f"{name} is missing: {layout.name}'s files cannot hold it" for name in homeless(layout, network)}
     arrays = {}
     for name, entry in entries.items():
         full = prefix + name
@@ -183,7 +198,7 @@ def fit(
         if full in faults:
             continue
         if entry.ours is not None:
-            arrays[entry.ours] = entry.from_file(array)
+            arrays[entry.ours] = array.T if entry.transposed else array
         elif (off := float(np.abs(array - entry.value).max())) > POSITION_TOLERANCE:
             faults[full] = f"{full} is up to {off:.2g} off the fixed sine-cosine positions"
     lines = list(faults.values())
@@ -192,10 +207,10 @@ def fit(
     return arrays, lines
 
 
-def few(names: list[str], most: int = 8) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def few(names: list[str]) -> str:
+    """The first eight names, and how many more there are."""
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more
 
 
 def _positions(width: int, m: ModelConfig) -> Entry:
@@ -203,59 +218,41 @@ def _positions(width: int, m: ModelConfig) -> Entry:
     return Entry(None, value.shape, value=value)
 
 
-def _linear(ours: Entries, name: str, own_name: str) -> Entries:
-    return {f"{name}.{kind}": ours[f"{own_name}.{kind}"] for kind in ("weight", "bias")}
+def _linear(ours: Entries, names: Mapping[str, str]) -> Entries:
+    """The weight and the bias of linear layers. names: name of a layer in the code -> our name."""
+    return {f"{name}.{kind}": ours[f"{own}.{kind}"] for name, own in names.items() for kind in ("weight", "bias")}
 
 
-def _embeddings(ours: Entries) -> Entries:
-    names = {"x_embedder.proj": "patch", "t_embedder.mlp.0": "time.hidden", "t_embedder.mlp.2": "time.out"}
-    return {k: v for name, part in names.items() for k, v in _linear(ours, name, f"encoder.{part}").items()}
-
-
-def _blocks(ours: Entries, name: str, part: str, depth: int) -> Entries:
+def _blocks(name: str, part: str, depth: int) -> dict[str, str]:
+    """The linear layers of all blocks: name in the code -> our name."""
     return {
-        key: entry
-        for i in range(depth)
-        for theirs, own_name in BLOCK.items()
-        for key, entry in _linear(ours, f"{name}.{i}.{theirs}", f"{part}.stack.blocks.{i}.{own_name}").items()
+        f"{name}.{i}.{theirs}": f"{part}.stack.blocks.{i}.{own}" for i in range(depth) for theirs, own in BLOCK.items()
     }
 
 
-def _final(ours: Entries) -> Entries:
-    modulation = _linear(ours, "final_layer.adaLN_modulation.1", "decoder.final.modulation.linear")
-    return _linear(ours, "final_layer.linear", "decoder.final.linear") | modulation
-
-
 def _encoder(shapes: Shapes, classes: int) -> dict[str, Any]:
-    """The keys of config.model that the shapes tell; the number of heads is that of the published size."""
+    """The keys of config.model that follow from the shapes; the heads are those of the published network."""
     _, tokens, width = _shape(shapes, "pos_embed", 3)
     _, channels, patch, _ = _shape(shapes, "x_embedder.proj.weight", 4)
     depth = _depth(shapes, "blocks")
     heads = {(d, w): h for d, w, h in SIZES.values()}
     if (depth, width) not in heads:
-        raise WeightsError(_unknown(f"{depth} blocks of width {width}"))
+        raise _unknown(f"{depth} blocks of width {width}")
     if channels != 4:
-        raise WeightsError(_unknown(f"{channels} channels, which are not those of Stable Diffusion's latents"))
+        raise _unknown(f"{channels} channels, and Stable Diffusion's latents have 4")
     return {
         "image_size": round(tokens**0.5) * patch, "channels": channels, "num_classes": classes, "patch": patch,
         "depth": depth, "width": width, "heads": heads[depth, width],
     }  # fmt: skip
 
 
-def _trained_on_latents(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    with config.unlocked():
-        config.codec.name, config.codec.scale = "latents", (STABLE_DIFFUSION_SCALE,)
-        config.ema.warmup = False
-    return config
-
-
-def _unknown(what: str) -> str:
-    return f"the file has {what}: no published model, so --config must say which network this is"
+def _unknown(what: str) -> WeightsError:
+    return WeightsError(f"the file has {what}: no published model, so --config must say which network this is")
 
 
 def _shape(shapes: Shapes, name: str, axes: int) -> tuple[int, ...]:
     if len(shapes.get(name, ())) != axes:
-        found = f"is of shape {shapes[name]}" if name in shapes else "is missing"
+        found = f"has the shape {list(shapes[name])}" if name in shapes else "is missing"
         raise WeightsError(f"{name} {found}, so the file does not tell its network; it has {few(list(shapes))}")
     return shapes[name]
 

@@ -1,12 +1,12 @@
-"""The network of sddit_jax in PyTorch: one file that needs torch and safetensors alone, JAX is not imported.
+"""The network of sddit_jax in PyTorch: one file that needs torch and safetensors, and does not import JAX.
 
     from sddit_jax.interop.pytorch import load, sample
     network = load("model.safetensors")                    # an nn.Module; written by `convert to-torch`
     images = sample(network, labels=[3, 1, 4], guidance=1.5)
 
-`network(x, sigma, label)` is the denoised image D(x; sigma); `training_losses` are the objectives of all methods.
-Images are [B, C, H, W]. Parameters have the names of sddit_jax with the blocks apart, in torch's layout. Classes and
-functions have the names of those that they mirror in models, method and sampling, so that both can be read in parallel.
+`network(x, sigma, label)` is the denoised image D(x; sigma). `training_losses` computes the objectives of all methods.
+Images are [B, C, H, W]. Parameters have the names of interop/state_dict.py. A class or function has the name of its
+counterpart in models, method or sampling.
 """
 
 import dataclasses
@@ -28,12 +28,12 @@ def layer_norm(x: Tensor) -> Tensor:
 
 
 def modulate(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
-    """x * (1 + scale) + shift, the same for all tokens of an image."""
+    """x * (1 + scale) + shift, with one shift and one scale for all tokens of an image."""
     return x_BND * (1 + scale_BD[:, None]) + shift_BD[:, None]
 
 
 def positions_2d(width: int, side: int) -> Tensor:
-    """Fixed sine-cosine positions in raster order, float32 [side^2, width]: first the column's, then the row's."""
+    """Fixed sine-cosine positions in raster order, float32 [side^2, width]: the column's in the first half of a row."""
     frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     angles = [coordinate.flatten()[:, None] * frequencies for coordinate in (column, row)]
@@ -45,23 +45,15 @@ def select(tokens_BND: Tensor, positions_BV: Tensor) -> Tensor:
     return tokens_BND.gather(1, _index(positions_BV, tokens_BND))
 
 
-class PatchEmbedding(nn.Module):
-    """A linear map of each patch, with the weight of a convolution, [D, C, p, p].
+class PatchEmbedding(nn.Conv2d):
+    """A linear map of each patch, with a convolution's weight [D, C, p, p].
 
-    As a matrix product: on GPUs PyTorch computes convolutions in TF32 by default, and matrix products in float32.
+    It computes a matmul: by default PyTorch computes convolutions on GPUs in TF32, and matmuls in float32.
     """
-
-    def __init__(self, channels: int, width: int, patch: int) -> None:
-        super().__init__()
-        self.weight, self.bias = (
-            nn.Parameter(torch.empty(width, channels, patch, patch)),
-            nn.Parameter(torch.empty(width)),
-        )
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, N, D], in raster order."""
-        patch = self.weight.shape[-1]
-        patches_BNP = F.unfold(x_BCHW.to(self.weight.dtype), patch, stride=patch).transpose(1, 2)
+        patches_BNP = F.unfold(x_BCHW.to(self.weight.dtype), self.kernel_size, stride=self.stride).transpose(1, 2)
         return F.linear(patches_BNP, self.weight.flatten(1), self.bias)
 
 
@@ -75,14 +67,14 @@ class TimeEmbedding(nn.Module):
         self.register_buffer("frequencies", exponents.double().exp().float(), persistent=False)
 
     def forward(self, c_noise_B: Tensor) -> Tensor:
-        """In the dtype of the weights, which stays float32 when the rest is bfloat16."""
+        """[B] -> [B, width], in the dtype of the weights. They stay float32 in a network that is cast to bfloat16."""
         angles = c_noise_B.to(self.frequencies.dtype)[:, None] * self.frequencies
         embedded = torch.cat([angles.cos(), angles.sin()], dim=1)
         return self.out(F.silu(self.hidden(embedded)))
 
 
 class LabelEmbedding(nn.Module):
-    """Class labels [B] -> [B, width]; `num_classes` is the null label: zeros, or the last row of the table."""
+    """Class labels [B] -> [B, width]. The null label `num_classes` gives zeros, or the last row of the table."""
 
     def __init__(self, num_classes: int, width: int, null: str) -> None:
         super().__init__()
@@ -96,7 +88,7 @@ class LabelEmbedding(nn.Module):
 
 
 class Modulation(nn.Module):
-    """adaLN's parameters from the condition [B, C]: `count` tensors [B, width]."""
+    """The parameters of adaLN: `count` tensors [B, width] from the condition [B, C]."""
 
     def __init__(self, condition: int, count: int, width: int) -> None:
         super().__init__()
@@ -108,7 +100,7 @@ class Modulation(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; the rows of qkv are q, k, v, each head by head."""
+    """Multi-head self-attention. The rows of qkv are q of all heads, then k, then v."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -173,13 +165,13 @@ class FinalLayer(nn.Module):
         self.modulation, self.linear = Modulation(condition, 2, width), nn.Linear(width, out)
 
     def forward(self, tokens_BND: Tensor, condition_BC: Tensor) -> Tensor:
-        """Also serves as the projection from the encoder's width to the decoder's."""
+        """[B, N, D] -> [B, N, out]. The decoder's bridge from the encoder's width is such a layer too."""
         return self.linear(modulate(layer_norm(tokens_BND), *self.modulation(condition_BC)))
 
 
 @dataclasses.dataclass
 class Encoded:
-    """What the encoder gives: [CLS] or None, the encoded visible tokens, all embedded tokens, the condition."""
+    """Output of the encoder: [CLS] or None, the encoded visible tokens, all embedded tokens, and the condition."""
 
     cls_BD: Tensor | None
     tokens_BVD: Tensor
@@ -192,7 +184,7 @@ class Encoder(nn.Module):
 
     def __init__(self, m: SimpleNamespace) -> None:
         super().__init__()
-        self.patch = PatchEmbedding(m.channels, m.width, m.patch)
+        self.patch = PatchEmbedding(m.channels, m.width, m.patch, stride=m.patch)
         self.time = TimeEmbedding(m.width)
         self.label = LabelEmbedding(m.num_classes, m.width, m.null_label) if m.num_classes else None
         self.cls = nn.Parameter(torch.empty(m.width)) if m.cls_token else None
@@ -200,7 +192,7 @@ class Encoder(nn.Module):
         self.register_buffer("positions", positions_2d(m.width, m.image_size // m.patch), persistent=False)
 
     def forward(self, x_BCHW: Tensor, c_noise_B: Tensor, label_B: Tensor, visible_BV: Tensor | None = None) -> Encoded:
-        """Encodes the tokens at `visible_BV` (all of them if None) of c_in * x."""
+        """Encodes the tokens of c_in * x at the positions `visible_BV`; None: all tokens."""
         condition_BD = self.time(c_noise_B)
         if self.label is not None:
             condition_BD = condition_BD + self.label(label_B)
@@ -217,8 +209,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """From encoded tokens to the network's output, an image.
 
-    Invisible positions get the embedded noisy tokens, through the same projection (fill "noisy"), or after it a learnt
-    token ("mask_token") or zeros ("zeros"). Without blocks of its own only the final layer is left, as in DiT.
+    fill: the tokens at invisible positions. "noisy": the embedded noisy tokens, before the bridge; "mask_token": a
+    learnt token, and "zeros": zeros, both after the bridge. A decoder of depth 0 is the final layer alone, as in DiT.
     """
 
     def __init__(self, m: SimpleNamespace, fill: str) -> None:
@@ -234,7 +226,7 @@ class Decoder(nn.Module):
         self.final = FinalLayer(width, m.patch**2 * self.channels, m.width)
 
     def forward(self, encoded: Encoded, visible_BV: Tensor | None = None) -> Tensor:
-        """[B, C, H, W], or [B, 2C, H, W] with a learnt variance behind F."""
+        """F [B, C, H, W]; with a learnt variance [B, 2C, H, W], of which the first C channels are F."""
         tokens, condition = encoded.tokens_BVD, encoded.condition_BD
         if self.stack is not None:
             if self.fill == "noisy" and visible_BV is not None:
@@ -260,11 +252,11 @@ class Head(nn.Module):
         self.mlp_2 = nn.Linear(d.head_width, d.bottleneck)
         self.prototypes = nn.Parameter(torch.empty(d.prototypes, d.bottleneck))
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [..., D] -> unit vectors [..., E] and prototypes [K, E]; logits are their products."""
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens [..., D] -> logits [..., K]: the products of their unit vectors and the prototypes."""
         hidden = F.gelu(self.mlp_1(F.gelu(self.mlp_0(layer_norm(tokens)))))
         vectors = self.mlp_2(hidden).to(self.prototypes.dtype)
-        return F.normalize(vectors, dim=-1), F.normalize(self.prototypes, dim=-1)
+        return F.normalize(vectors, dim=-1) @ F.normalize(self.prototypes, dim=-1).T
 
 
 def ddpm_sigmas() -> Tensor:
@@ -282,9 +274,9 @@ def sigma_range(diffusion: SimpleNamespace) -> tuple[float, float]:
 
 
 def preconditioning(diffusion: SimpleNamespace, sigma_B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(c_skip, c_out, c_in, c_noise) [B]: EDM's (Karras et al. 2022, Table 1), or DDPM's.
+    """(c_skip, c_out, c_in, c_noise), each [B]: EDM's (Karras et al. 2022, Table 1), or DDPM's.
 
-    DDPM's c_noise is the step whose noise level is sigma, interpolated between two.
+    DDPM's c_noise is the step at which the noise level is sigma, interpolated linearly between two steps.
     """
     if diffusion.name == "ddpm":
         table = ddpm_sigmas().to(sigma_B)
@@ -298,9 +290,9 @@ def preconditioning(diffusion: SimpleNamespace, sigma_B: Tensor) -> tuple[Tensor
 
 
 class SDDiT(nn.Module):
-    """Encoder and decoder, and with `head` the projection head of the discrimination, which training alone needs.
+    """Encoder, decoder, and with `head` the projection head of the discrimination, which only training needs.
 
-    config is what sddit_jax resolved, as nested namespaces.
+    config: the resolved configuration of sddit_jax, as nested namespaces.
     """
 
     def __init__(self, config: SimpleNamespace, head: bool = False) -> None:
@@ -311,11 +303,11 @@ class SDDiT(nn.Module):
         self.head = Head(m, config.objectives.discrimination) if head else None
 
     def output(self, x_BCHW: Tensor, c_noise_B: Tensor, label_B: Tensor, visible_BV: Tensor | None = None) -> Tensor:
-        """F of c_in * x; all tokens are visible if `visible_BV` is None."""
+        """F(c_in * x, c_noise), in the dtype of the weights. visible_BV: None: all tokens are visible."""
         return self.decoder(self.encoder(x_BCHW, c_noise_B, label_B, visible_BV), visible_BV)
 
     def forward(self, x_BCHW: Tensor, sigma_B: Tensor, label_B: Tensor, visible_BV: Tensor | None = None) -> Tensor:
-        """D(x; sigma), the denoised image in x's dtype, for x = x0 + sigma * eps; float32 is meant for both."""
+        """D(x; sigma), the denoised image in x's dtype, for x = x0 + sigma * eps. x and sigma should be float32."""
         return self.guided(x_BCHW, sigma_B, label_B, 1.0, visible_BV=visible_BV)
 
     def guided(
@@ -327,7 +319,7 @@ class SDDiT(nn.Module):
         channels: int = 0,
         visible_BV: Tensor | None = None,
     ) -> Tensor:
-        """D with F = F_null + guidance (F_label - F_null) on the first `channels` channels (0: on all)."""
+        """D with F = F_null + guidance (F_label - F_null) in the first `channels` channels; 0: in all channels."""
         skip, out, in_, c_noise = preconditioning(self.config.diffusion, sigma_B)
         x_in = in_[:, None, None, None] * x_BCHW
         f = self.output(x_in, c_noise, label_B, visible_BV)[:, : x_BCHW.shape[1]].to(x_BCHW.dtype)
@@ -342,14 +334,14 @@ class SDDiT(nn.Module):
 def load(path: str | PathLike[str], dtype: torch.dtype = torch.float32, device: str = "cpu") -> SDDiT:
     """The network of a file that `convert to-torch` wrote, in eval mode.
 
-    dtype: of the matrix products, float32 or bfloat16. The embeddings of noise level and label stay float32.
-    Raises ValueError for a file without the configuration that `convert` writes; RuntimeError for other tensors.
+    dtype: of the matmuls, float32 or bfloat16. The embeddings of noise level and label stay float32.
+    Raises ValueError for a file without a configuration, and RuntimeError for tensors of another network.
     """
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
-        # Files of earlier versions hold the projection head too.
+        # Files of earlier versions have the projection head too.
         tensors = {name: file.get_tensor(name) for name in file.keys() if not name.startswith("head.")}  # noqa: SIM118
     if "config" not in metadata:
         raise ValueError(f"{path} has no configuration in its metadata; write it with `python -m sddit_jax.convert`")
@@ -359,7 +351,7 @@ def load(path: str | PathLike[str], dtype: torch.dtype = torch.float32, device: 
 
 
 def cast(network: SDDiT, dtype: torch.dtype) -> SDDiT:
-    """The network with its matrix products in `dtype`; embeddings of noise level and label, and prototypes, stay."""
+    """The network with its matmuls in `dtype`. The embeddings of noise level and label, and the prototypes, stay."""
     for module in (network.encoder.patch, network.encoder.stack, network.decoder):
         module.to(dtype)
     if network.head is not None:
@@ -375,7 +367,7 @@ def noise_levels(steps: int, sigma_min: float, sigma_max: float, rho: float) -> 
 
 
 def heun(denoise: Callable[[Tensor, float], Tensor], noise_BCHW: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """EDM's deterministic second-order sampler (Karras et al. 2022, Algorithm 1) from unit normal noise."""
+    """EDM's deterministic second-order sampler (Karras et al. 2022, Algorithm 1) from standard normal noise."""
     x = noise_BCHW * sigmas[0]
     for sigma, following in itertools.pairwise(sigmas):
         slope = (x - denoise(x, sigma)) / sigma
@@ -397,25 +389,28 @@ def sample(
     seed: int = 0,
     noise_BCHW: Tensor | None = None,
 ) -> Tensor:
-    """Images of the given labels by EDM's Heun sampler; what is left out, and all else, is the run's setting.
+    """Draws an image for each label by EDM's Heun sampler. Settings that are None, and all others, are the run's.
 
-    Of a network of pixels uint8 [B, H, W, C]; of a network of latents float32 [B, C, H, W], as the autoencoder's
-    decoder takes them. labels: 0 to num_classes, which is the null label. noise_BCHW: unit normal, instead of the
-    seed's. Raises ValueError for other labels, and without `steps` for a run whose own sampler is another.
+    labels: 0 to num_classes, which is the null label. noise_BCHW: standard normal; None: drawn with `seed`.
+
+    Returns uint8 [B, H, W, C] of a network of pixels, and of a network of latents float32 [B, C, H, W], as the
+    autoencoder's decoder takes them. Raises ValueError for labels or steps out of range, and for steps=None if the run
+    samples with another solver.
     """
     c, m = network.config, network.config.model
     # A file may be older than these keys.
     defaults = {"guidance_interval": (0.0, 0.0), "sigma_min": 0.0, "sigma_max": 0.0}
-    settings = SimpleNamespace(**(defaults | vars(c.sampling)))
+    given = {"steps": steps, "guidance": guidance, "guidance_channels": guidance_channels}
+    given = {key: value for key, value in given.items() if value is not None}
+    settings = SimpleNamespace(**(defaults | vars(c.sampling) | given))
     if steps is None and settings.solver != "heun":
-        raise ValueError(f"the run samples by {settings.solver}, and here it is Heun's method: give steps, such as 40")
-    steps = settings.steps if steps is None else steps
-    guidance = settings.guidance if guidance is None else guidance
-    guidance_channels = settings.guidance_channels if guidance_channels is None else guidance_channels
+        raise ValueError(f"the run samples with {settings.solver}, and this function with heun: give steps, such as 40")
     device = network.encoder.time.out.weight.device
     label_B = torch.as_tensor(labels).long()
-    if label_B.ndim != 1 or not ((label_B >= 0) & (label_B <= m.num_classes)).all() or steps < 1:
-        raise ValueError(f"labels {labels}, steps {steps}: labels are 0 to {m.num_classes}, steps at least 1")
+    if label_B.ndim != 1 or not ((label_B >= 0) & (label_B <= m.num_classes)).all() or settings.steps < 1:
+        raise ValueError(
+            f"labels {labels}, steps {settings.steps}: labels are 0 to {m.num_classes}, and steps at least 1"
+        )
     if noise_BCHW is None:
         shape = (len(label_B), m.channels, m.image_size, m.image_size)
         noise_BCHW = torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu")
@@ -423,14 +418,14 @@ def sample(
 
     def denoise(x_BCHW: Tensor, sigma: float) -> Tensor:
         sigma_B = torch.full((len(x_BCHW),), sigma, device=device, dtype=x_BCHW.dtype)
-        # Compared in float32, as the JAX sampler does.
+        # In float32, as the JAX sampler compares them.
         low, high, level = torch.tensor([*settings.guidance_interval, sigma]).tolist()
-        here = guidance if low < level <= (high or math.inf) else 1.0
-        return network.guided(x_BCHW, sigma_B, label_B, here, guidance_channels)
+        here = settings.guidance if low < level <= (high or math.inf) else 1.0
+        return network.guided(x_BCHW, sigma_B, label_B, here, settings.guidance_channels)
 
     lowest, highest = sigma_range(c.diffusion)
     lowest, highest = settings.sigma_min or lowest, settings.sigma_max or highest
-    z = heun(denoise, noise_BCHW.to(device), noise_levels(steps, lowest, highest, settings.rho))
+    z = heun(denoise, noise_BCHW.to(device), noise_levels(settings.steps, lowest, highest, settings.rho))
     mean, scale = (z.new_tensor(v)[None, :, None, None] for v in (c.codec.mean, c.codec.scale))
     x = z / scale + mean
     if c.codec.name != "pixels":
@@ -440,26 +435,16 @@ def sample(
 
 @dataclasses.dataclass
 class Teacher:
-    """The EMA encoder and head, and for "patch" and "cls" the centers [M, K] and the temperature of the softmax.
+    """The teacher of the discrimination: its encoder, its head, and for "patch" and "cls" centers and temperature.
 
-    M is 1, or one row for each position (patch) and for each label, the null label too (cls). With `standardise` the
-    temperature is the scheduled one times sqrt(variance + 1e-8).
+    center: [M, K]; M is 1, or the number of positions ("patch") and of labels with the null label ("cls").
+    temperature: of the softmax; with `standardise` the scheduled temperature times sqrt(variance + 1e-8).
     """
 
     encoder: Encoder
     head: Head
     center: dict[str, Tensor]
     temperature: dict[str, float]
-
-
-def denoising_error(denoised_BCHW: Tensor, x0_BCHW: Tensor, weight_B: Tensor) -> Tensor:
-    """EDM's weighted squared error per pixel and channel (Karras et al. 2022, Eq. 2)."""
-    return weight_B[:, None, None, None] * (denoised_BCHW - x0_BCHW) ** 2
-
-
-def visible_mean(error_BCHW: Tensor, patch: int, visible_BV: Tensor) -> Tensor:
-    """The mean over the visible patches (MaskDiT), then over images."""
-    return F.avg_pool2d(error_BCHW.mean(1), patch).flatten(1).gather(1, visible_BV).mean()
 
 
 def reconstruction_loss(denoised_BCHW: Tensor, noised_BCHW: Tensor, patch: int, visible_BV: Tensor) -> Tensor:
@@ -481,7 +466,10 @@ def prototype_cross_entropy(
 def discrimination_losses(
     network: SDDiT, teacher: Teacher, encoded: Encoded, x0: Tensor, eps: Tensor, label_B: Tensor, visible: Tensor | None
 ) -> dict[str, Tensor]:
-    """SD-DiT's objective: the student's visible tokens and [CLS] predict the teacher's assignments, by kind."""
+    """SD-DiT's objective: the student's visible tokens and [CLS] predict the teacher's assignments.
+
+    Returns {"discrimination/patch": loss, "discrimination/cls": loss}, the latter if the network has [CLS].
+    """
     c = network.config
     lowest, _ = sigma_range(c.diffusion)
     sigma_B = x0.new_full((len(x0),), lowest)
@@ -502,11 +490,9 @@ def discrimination_losses(
         else:
             center = center_MK
         with torch.no_grad():
-            vectors, prototypes = teacher.head(teacher_BVD)
-            teacher_BVK = vectors @ prototypes.T
-        vectors, prototypes = network.head(student_BVD)
+            teacher_BVK = teacher.head(teacher_BVD)
         losses[f"discrimination/{kind}"] = prototype_cross_entropy(
-            vectors @ prototypes.T, teacher_BVK, center, c.objectives.discrimination.student_temperature,
+            network.head(student_BVD), teacher_BVK, center, c.objectives.discrimination.student_temperature,
             teacher.temperature[kind],
         )  # fmt: skip
     return losses
@@ -521,10 +507,10 @@ def training_losses(
     visible_BV: Tensor | None = None,
     teacher: Teacher | None = None,
 ) -> dict[str, Tensor]:
-    """The unweighted losses of the configured method by name, and "total", their weighted sum.
+    """The unweighted losses of the configured method by name, and their weighted sum "total".
 
-    label_B: after label dropout. visible_BV: int64 positions, each image's in any order; None if the mask ratio is 0.
-    Raises ValueError if an objective lacks what it needs.
+    label_B: after label dropout. visible_BV: int64 positions in any order; None without a mask.
+    Raises ValueError if the discrimination has no teacher, or the reconstruction no mask.
     """
     c, o = network.config, network.config.objectives
     if (o.discrimination.weight and teacher is None) or (o.reconstruction.weight and visible_BV is None):
@@ -536,9 +522,11 @@ def training_losses(
     denoised = skip[:, None, None, None] * noised + out[:, None, None, None] * f
     losses, total = {}, 0
     if o.denoising.weight:
-        error = denoising_error(denoised, x0_BCHW, 1 / out**2)
-        visible_only = o.denoising.scope == "visible" and visible_BV is not None
-        losses["denoising"] = visible_mean(error, c.model.patch, visible_BV) if visible_only else error.mean()
+        # EDM's weighted squared error (Karras et al. 2022, Eq. 2), and MaskDiT's mean over the visible patches.
+        error = (1 / out**2)[:, None, None, None] * (denoised - x0_BCHW) ** 2
+        if o.denoising.scope == "visible" and visible_BV is not None:
+            error = F.avg_pool2d(error.mean(1), c.model.patch).flatten(1).gather(1, visible_BV)
+        losses["denoising"] = error.mean()
         total = total + o.denoising.weight * losses["denoising"]
     if o.discrimination.weight:
         kinds = discrimination_losses(network, teacher, encoded, x0_BCHW, eps_BCHW, label_B, visible_BV)
@@ -551,7 +539,7 @@ def training_losses(
 
 
 def _edm(diffusion: SimpleNamespace) -> SimpleNamespace:
-    """EDM's keys, which lay in `diffusion` itself in files of earlier versions."""
+    """The keys of EDM. Files of earlier versions have them in `diffusion` itself."""
     return getattr(diffusion, "edm", diffusion)
 
 

@@ -1,24 +1,24 @@
-"""Our tree of parameters as the state_dict of the network in pytorch.py, and back: the same bits in torch's layout.
+"""Converts our tree of parameters to the state_dict of the network in pytorch.py and back, without changing a bit.
 
 A path such as encoder/stack/blocks/mlp/out/kernel, stacked over the blocks, becomes one name for each block, as
-encoder.stack.blocks.3.mlp.out.weight. A kernel (in..., out...) becomes a matrix [out, in], that of the patch embedding
-a convolution [D, C, p, p].
+encoder.stack.blocks.3.mlp.out.weight. A kernel [in..., out...] becomes a matrix [out, in], and the kernel of the patch
+embedding a convolution [D, C, p, p].
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sddit_jax.models.transformer import Network
-from sddit_jax.parallel.sharding import path_name
 
 PATCH = "encoder/patch/kernel"
 
 
 class TensorPlace(NamedTuple):
-    """Where a tensor of the state_dict lies in the tree: path, block (None: not stacked), and its shape in torch."""
+    """The place of a state_dict's tensor in the tree: path, block (None: not stacked), and the tensor's shape."""
 
     path: str
     block: int | None
@@ -27,24 +27,27 @@ class TensorPlace(NamedTuple):
 
 def places(network: Network) -> dict[str, TensorPlace]:
     """Each tensor of a network's state_dict by name, in the order of the tree."""
-    found = {}
-    for path, shape in _shapes(network).items():
-        blocks = range(shape[0]) if "/blocks/" in path else (None,)
-        own = shape[1:] if "/blocks/" in path else shape
-        if path.endswith("kernel"):
-            own = _convolution(network, own) if path == PATCH else _matrix(path, own)
+    m, found = network.model, {}
+    for path, leaf in flatten_dict(network.abstract, sep="/").items():
+        stacked = "/blocks/" in path
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        if path == PATCH:
+            shape = shape[1], m.channels, m.patch, m.patch
+        elif path.endswith("kernel"):
+            # The kernel of attention's output has two axes of inputs, heads and channels.
+            inputs = 2 if path.endswith("attention/out/kernel") else 1
+            shape = math.prod(shape[inputs:]), math.prod(shape[:inputs])
         elif path.endswith("bias"):
-            own = (int(np.prod(own)),)
-        name = path.replace("/", ".").removesuffix(".kernel")
-        name = f"{name}.weight" if path.endswith("kernel") else name
-        for block in blocks:
-            found[name.replace(".blocks.", f".blocks.{block}.")] = TensorPlace(path, block, own)
+            shape = (math.prod(shape),)
+        name = path.replace("kernel", "weight").replace("/", ".")
+        for block in range(leaf.shape[0]) if stacked else (None,):
+            found[name.replace(".blocks.", f".blocks.{block}.")] = TensorPlace(path, block, shape)
     return found
 
 
 def to_state_dict(params: Any, network: Network) -> dict[str, np.ndarray]:
-    """The arrays of a tree of parameters under the names of `places`, C-contiguous."""
-    leaves = {path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    """The arrays of a tree of parameters under the names of `places`, C-contiguous, in the dtypes of the tree."""
+    leaves = {path: np.asarray(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
     arrays = {}
     for name, (path, block, shape) in places(network).items():
         leaf = leaves[path] if block is None else leaves[path][block]
@@ -57,8 +60,9 @@ def to_state_dict(params: Any, network: Network) -> dict[str, np.ndarray]:
 
 
 def from_state_dict(arrays: Mapping[str, np.ndarray], network: Network) -> dict[str, Any]:
-    """The inverse of `to_state_dict`: the tree of parameters as float32 numpy arrays. All names must be there."""
-    leaves = {path: np.empty(shape, np.float32) for path, shape in _shapes(network).items()}
+    """The inverse of `to_state_dict`: the tree of parameters as float32 NumPy arrays. All names must be there."""
+    abstract = flatten_dict(network.abstract, sep="/")
+    leaves = {path: np.empty(leaf.shape, np.float32) for path, leaf in abstract.items()}
     for name, (path, block, shape) in places(network).items():
         leaf = leaves[path] if block is None else leaves[path][block]
         array = arrays[name].reshape(shape)
@@ -67,20 +71,4 @@ def from_state_dict(arrays: Mapping[str, np.ndarray], network: Network) -> dict[
         elif path.endswith("kernel"):
             array = array.T
         leaf[...] = array.reshape(leaf.shape)
-    return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path)], network.abstract)
-
-
-def _shapes(network: Network) -> dict[str, tuple[int, ...]]:
-    flat = jax.tree_util.tree_leaves_with_path(network.abstract)
-    return {path_name(path): leaf.shape for path, leaf in flat}
-
-
-def _matrix(path: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """[out, in] of a kernel; that of attention's output alone has two axes of inputs, heads and channels."""
-    inputs = 2 if path.endswith("attention/out/kernel") else 1
-    return int(np.prod(shape[inputs:])), int(np.prod(shape[:inputs]))
-
-
-def _convolution(network: Network, shape: tuple[int, ...]) -> tuple[int, ...]:
-    m = network.model
-    return shape[1], m.channels, m.patch, m.patch
+    return unflatten_dict(leaves, sep="/")

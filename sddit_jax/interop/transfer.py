@@ -1,4 +1,4 @@
-"""Weights of runs into files of PyTorch, and files into new runs."""
+"""Exports the weights of a run to a file for PyTorch, and imports such a file as a new run."""
 
 import dataclasses
 import json
@@ -33,17 +33,26 @@ log = logging.getLogger("sddit_jax")
 
 
 def export(layout: Layout, workdir: Path, output: Path, weights: str | None, step: int | None = None) -> None:
-    """Writes the weights of a run's checkpoint to `output`, whole or not at all.
+    """Writes the weights of a run's checkpoint to the file `output`, whole or not at all.
 
-    Ours is a safetensors file of one set of weights, with the configuration in its metadata. Those of DiT and MaskDiT
-    are files of torch.save: one set of weights as DiT publishes it, or a dict of "model" (as trained) and "ema".
+    `OWN` is a safetensors file with one set of weights, and the configuration in its metadata. `DIT` and `MASKDIT` are
+    files of torch.save: one set of weights, as DiT publishes it, or a dict of "model" (the trained parameters) and
+    "ema".
+
+    weights: "ema", "params" (as trained) or "both"; None: "both" for MaskDiT and "ema" for the others. step: of the
+    checkpoint; None: the newest that is intact.
+
+    Raises:
+      UserError: the file's name or `weights` is wrong for the layout, or the file cannot be written.
+      WeightsError: the layout cannot hold this network.
+      CheckpointError: the run has no such checkpoint.
     """
     weights = weights or ("both" if layout is MASKDIT else "ema")
     suffixes = (SAFETENSORS_SUFFIX,) if layout is OWN else TORCH_SUFFIXES
     if output.suffix not in suffixes:
         raise UserError(f"--output={output} should end in {' or '.join(suffixes)}")
     if layout is OWN and weights == "both":
-        raise UserError("--weights=both: a safetensors file has one set of weights; choose ema or params")
+        raise UserError("--weights=both: a safetensors file holds one set of weights; choose ema or params")
     config, trees, meta = _read_weights(workdir, weights, step)
     if layout is DIT and config.model.num_classes and config.model.null_label == "zero":
         config, trees = _with_null_row(config, trees)
@@ -57,33 +66,41 @@ def export(layout: Layout, workdir: Path, output: Path, weights: str | None, ste
     for name, tree in trees.items():
         arrays = to_state_dict(tree, network)
         files[name] = {key: entry.to_file(arrays) for key, entry in entries.items()}
-    # The two writers have errors of their own for a full disk.
+    # For a full disk torch raises RuntimeError, and safetensors SafetensorError.
     with explained(f"--output={output}", UserError, RuntimeError, safetensors.SafetensorError):
         output.parent.mkdir(parents=True, exist_ok=True)
         with whole(output) as file:
             if layout is OWN:
-                # The whole configuration, so that pytorch.py needs no defaults of its own.
+                # The configuration is complete, so that pytorch.py needs no defaults of its own.
                 record = {"config": border.to_dict(config), "codec": meta["codec"]}
                 metadata = {"format": "pt", "weights": weights, "step": str(meta["step"])}
                 metadata |= {key: json.dumps(value) for key, value in record.items()}
                 safetensors.numpy.save_file(next(iter(files.values())), file.name, metadata=metadata)
             else:
                 _save_torch(file.name, files, layout.prefix)
-    log.info("%s of step %d in %s: %d tensors each", " and ".join(files), meta["step"], output, len(entries))
+    log.info("wrote %s of step %d to %s: %d tensors each", " and ".join(files), meta["step"], output, len(entries))
 
 
 def import_(layout: Layout, file: Path, workdir: Path, config: Any = None, partial: bool = False) -> None:
-    """Makes a run at step 0 of a file of weights, with an EMA that goes on without warm-up.
+    """Makes a file of weights a run at step 0, or leaves no workdir. The decay of the run's EMA has no warm-up.
 
-    config: a ConfigDict of the network to import into; None: what the file tells. Raises WeightsError or UserError, and
-    then leaves no workdir.
+    config: a ConfigDict of the network to import into; None: the network that follows from the file. partial: imports
+    the tensors that fit; the others of the network are freshly initialised.
+
+    Raises:
+      WeightsError: the file cannot be read, or does not fit the network.
+      CheckpointError: the workdir is not empty, or cannot be written.
+      ConfigError: the configuration cannot be run.
     """
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise CheckpointError(f"--workdir={workdir} is not empty; weights are imported into a new folder")
     groups, skipped, metadata = open_checkpoint(file)
     found = ", ".join(f"{name or 'weights'} ({len(tensors)} tensors)" for name, tensors in groups.items())
-    log.info("%s has %s%s", file, found, f"; passed over: {', '.join(skipped)}" if skipped else "")
-    params, ema = (_choose(file, groups, order) for order in (("model", "ema"), ("ema", "model")))
+    log.info("%s has %s%s", file, found, f"; skipped: {', '.join(skipped)}" if skipped else "")
+    named = [name for name in ("model", "ema", "") if name in groups]
+    if not named:
+        raise WeightsError(f"{file} has tensors under {', '.join(groups)}, but none under model or ema")
+    params, ema = named[0], "ema" if "ema" in groups else named[0]
     if config is not None:
         config = border.resolve(config)
     elif layout is OWN:
@@ -98,20 +115,21 @@ def import_(layout: Layout, file: Path, workdir: Path, config: Any = None, parti
         where = f"{file}, {group}" if group else str(file)
         tensors = groups[group]
         if layout is OWN:
-            # Earlier versions wrote the projection head too, which no inference needs.
+            # Files of earlier versions have the projection head too.
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
         arrays, faults = fit(layout, network, tensors, where, partial=partial)
         for fault in faults:
             log.warning("%s: %s", where, fault)
         if names.keys() - arrays.keys():
             fresh = to_state_dict(jax.jit(network.init)(jax.random.key(config.seed)), network)
-            log.warning("%s: %d of the network's %d tensors are fresh", where, len(names) - len(arrays), len(names))
+            count = len(names) - len(arrays)
+            log.warning("%s: %d of the network's %d tensors are freshly initialised", where, count, len(names))
             arrays = fresh | arrays
         return from_state_dict(arrays, network)
 
     source = {"file": file.name, "sha256": sha256_of(file), "layout": layout.name}
     _write_run(workdir, config, tree(params), None if ema == params else tree(ema), source)
-    log.info("%s is in %s, as a run at step 0", file.name, workdir)
+    log.info("imported %s into %s as a run at step 0", file.name, workdir)
 
 
 def _own_config(file: Path, metadata: Mapping[str, str]) -> Config:
@@ -125,15 +143,8 @@ def _own_config(file: Path, metadata: Mapping[str, str]) -> Config:
         raise WeightsError(f"{file}: the configuration in its metadata cannot be used: {error}") from error
 
 
-def _choose(file: Path, groups: Mapping[str, Any], order: tuple[str, ...]) -> str:
-    for name in (*order, ""):
-        if name in groups:
-            return name
-    raise WeightsError(f"{file} has tensors under {', '.join(groups)}, but none under {' or '.join(order)}")
-
-
 def _differences(layout: Layout, network: Network, config: Config) -> list[str]:
-    """What a public code will take for granted of a file in its layout, where this network is otherwise."""
+    """Keys of the configuration in which a public code that reads a file of this layout differs from the network."""
     if layout.infer is None:
         return []
     try:
@@ -146,7 +157,7 @@ def _differences(layout: Layout, network: Network, config: Config) -> list[str]:
 
 
 def _read_weights(workdir: Path, weights: str, step: int | None) -> tuple[Config, dict[str, Any], dict[str, Any]]:
-    """A checkpoint's configuration, its weights ("model": as trained, and "ema", or one of them), and its record."""
+    """A checkpoint's configuration, its weights ("model": as trained; "ema"; or both), and its record."""
     if weights == "ema":
         ema, meta = open_checkpoints(workdir).restore_ema(step=step)
         return border.resolve(meta["config"]), {"ema": ema["default"]}, meta
@@ -156,7 +167,7 @@ def _read_weights(workdir: Path, weights: str, step: int | None) -> tuple[Config
 
 
 def _write_run(workdir: Path, config: Config, params: Any, ema: Any, source: Mapping[str, str]) -> None:
-    """A new run at step 0, whole or not at all."""
+    """Writes a run at step 0, whole or not at all. ema: None: the parameters."""
     parts = make_parts(config)
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(parts, _mesh()))
     network = jax.device_put(params, layout["params"]["network"])
@@ -177,7 +188,7 @@ def _write_run(workdir: Path, config: Config, params: Any, ema: Any, source: Map
                 checkpointer.save(0, state, meta)
             temporary.replace(workdir)
         except BaseException:
-            # TensorStore's own threads cannot be joined: what they still write makes the folder again.
+            # TensorStore's threads cannot be joined, and may make the folder again while they write.
             for _ in range(50):
                 shutil.rmtree(temporary, ignore_errors=True)
                 time.sleep(0.2)
@@ -187,12 +198,12 @@ def _write_run(workdir: Path, config: Config, params: Any, ema: Any, source: Map
 
 
 def _mesh() -> jax.sharding.Mesh:
-    """All devices share the parameters: one alone may be too small for a train state."""
+    """A mesh that splits the parameters over all devices: a train state may not fit on one."""
     return sharding.make_mesh(ParallelConfig(data=1, fsdp=-1))
 
 
 def _with_null_row(config: Config, trees: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
-    """The same networks with a row of zeros for the null label."""
+    """The configuration and the parameters with a row of zeros as the null label's."""
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, null_label="row"))
 
     def with_row(tree: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Weights of autoencoders, from the files that diffusers and CompVis (Stable Diffusion, U-ViT, MaskDiT) publish."""
+"""Loads autoencoders from the files that diffusers and CompVis (Stable Diffusion, U-ViT, MaskDiT) publish."""
 
 import dataclasses
 import os
@@ -17,16 +17,26 @@ from sddit_jax.weights.files import SUFFIXES, Tensor, fill, open_tensors
 
 CONFIG = "config.json"
 TENSORS = "diffusion_pytorch_model.safetensors"
-_REQUIRED = object()
-# bool is a kind of int in Python, but not in JSON.
+# Type of a config's field -> words for its value in config.json, and a check of the value. The checks compare types,
+# since isinstance takes Python's bool for an int.
 _KINDS = {
-    "an integer": lambda value: type(value) is int,
-    "a list of integers": lambda value: type(value) is list and all(type(item) is int for item in value),
-    "a number": lambda value: type(value) in (int, float),
-    "true or false": lambda value: type(value) is bool,
+    int: ("an integer", lambda value: type(value) is int),
+    tuple[int, ...]: ("a list of integers", lambda value: type(value) is list and {type(x) for x in value} <= {int}),
+    float: ("a number", lambda value: type(value) in (int, float)),
+    bool: ("true or false", lambda value: type(value) is bool),
 }
+# Field of AutoencoderConfig and of TinyAutoencoderConfig -> its key in config.json, where that has another name.
+_KL_KEYS = {
+    "widths": "block_out_channels",
+    "blocks": "layers_per_block",
+    "norm_groups": "norm_num_groups",
+    "mid_attention": "mid_block_add_attention",
+    "quant_conv": "use_quant_conv",
+    "post_quant_conv": "use_post_quant_conv",
+}
+_TINY_KEYS = {"encoder_blocks": "num_encoder_blocks", "decoder_blocks": "num_decoder_blocks"}
 
-# Our paths become a file's names by these substitutions, in order.
+# These substitutions, in order, turn our paths into the names of a file's tensors.
 _EVERYWHERE = (
     ("^encoder/(?=quant_conv)|^decoder/(?=post_quant_conv)", ""),
     ("(kernel|scale)$", "weight"),
@@ -70,15 +80,17 @@ def load_autoencoder(
 ) -> tuple[AutoencoderConfig, dict[str, Any]]:
     """The config and the parameters (float32 NumPy arrays) of a KL autoencoder, for `Autoencoder`.
 
-    source: a diffusers folder (config.json and diffusion_pytorch_model.safetensors), a file of tensors with such a
-    config.json beside it, a file in the layout of CompVis (autoencoder_kl.pth), or the id of a repository of the
-    Hugging Face hub, with a folder of it if need be, as in 'stabilityai/sd-vae-ft-mse' or 'owner/name/vae'.
+        config, params = load_autoencoder("stabilityai/sd-vae-ft-mse")
+        mean, std = Autoencoder(config).encode(params, x_BHWC)
 
-    scaling_factor, shift_factor: instead of the file's. CompVis's files have none: by default, 4 latent channels get
-    those of Stable Diffusion 1 and 2 (Stable Diffusion XL's scaling factor is 0.13025); for others, give both.
+    Args:
+      source: a diffusers folder (config.json and diffusion_pytorch_model.safetensors), a file of tensors with such a
+        config.json beside it, a file in the layout of CompVis (autoencoder_kl.pth), or a repository of the Hugging Face
+        hub, as in 'stabilityai/sd-vae-ft-mse' or, for a folder of the repository, 'owner/name/vae'.
+      scaling_factor, shift_factor: used instead of the file's. CompVis's files have none: 4 latent channels get those
+        of Stable Diffusion 1 and 2 (Stable Diffusion XL's scaling factor is 0.13025); other files need both.
 
-    Raises:
-      WeightsError: no such source, a damaged file, an architecture that is not known, or tensors that do not fit.
+    Raises WeightsError: no such source, a damaged file, an unknown architecture, or tensors that do not fit it.
     """
     path = _locate(source)
     tensors = open_tensors(path)
@@ -86,8 +98,9 @@ def load_autoencoder(
         scaled = scaling_factor is not None and shift_factor is not None
         config, table, tensors = _compvis_config(path, stripped, scaled), _COMPVIS, stripped
     else:
-        config, table = _diffusers_config(_read_config(path), path.with_name(CONFIG)), _DIFFUSERS
-        table += _OLD_ATTENTION if "encoder.mid_block.attentions.0.query.weight" in tensors else _ATTENTION
+        config = _diffusers_config(_config_beside(path), path.with_name(CONFIG))
+        old = "encoder.mid_block.attentions.0.query.weight" in tensors
+        table = _DIFFUSERS + (_OLD_ATTENTION if old else _ATTENTION)
     given = {"scaling_factor": scaling_factor, "shift_factor": shift_factor}
     given = {key: value for key, value in given.items() if value is not None}
     config = _checked(path, dataclasses.replace, config, **given)
@@ -107,21 +120,18 @@ def load_tiny_autoencoder(source: str | os.PathLike[str]) -> tuple[TinyAutoencod
     """The config and the parameters (float32 NumPy arrays) of a tiny autoencoder, for `TinyAutoencoder`.
 
     source: a folder that diffusers' AutoencoderTiny has saved, a .safetensors file with its config.json beside it,
-    or a hub id such as 'madebyollin/taesd'.
-
-    Raises:
-      WeightsError: as `load_autoencoder`.
+    or a repository of the hub such as 'madebyollin/taesd'. Raises as `load_autoencoder`.
     """
     path = _locate(source)
-    config = _tiny_config(_read_config(path), path.with_name(CONFIG))
+    config = _tiny_config(_config_beside(path), path.with_name(CONFIG))
     shapes = jax.eval_shape(TinyAutoencoder(config).init, jax.random.key(0))
     return config, fill(shapes, open_tensors(path), lambda ours: _substitute(ours, _TINY), path)
 
 
 def is_tiny(source: str | os.PathLike[str]) -> bool:
-    """Whether a source is a tiny autoencoder, by the config.json beside it. Raises WeightsError: no such source."""
+    """Whether the config.json of a source names a tiny autoencoder. Raises WeightsError: no such source."""
     path = _locate(source)
-    return path.with_name(CONFIG).is_file() and _read_config(path).get("_class_name") == "AutoencoderTiny"
+    return path.with_name(CONFIG).is_file() and _config_beside(path).get("_class_name") == "AutoencoderTiny"
 
 
 def _substitute(ours: str, table: tuple[tuple[str, str], ...]) -> str:
@@ -131,33 +141,35 @@ def _substitute(ours: str, table: tuple[tuple[str, str], ...]) -> str:
 
 
 def _locate(source: str | os.PathLike[str]) -> Path:
-    """The file of tensors."""
+    """The file of tensors of a source."""
     path = Path(source)
     if not path.exists():
         return _fetch(str(source))
     if path.is_dir():
         for name in (CONFIG, TENSORS):
             if not (path / name).is_file():
-                raise WeightsError(f"{path} has no {name}; for a file of another name, give the file")
+                raise WeightsError(f"{path} has no {name}; if the file has another name, give the file's path")
         return path / TENSORS
     return path
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """The content of the config.json beside a file of tensors."""
+def _config_beside(path: Path) -> dict[str, Any]:
     file = path.with_name(CONFIG)
     if not file.is_file():
         raise WeightsError(
-            f"{path}: {CONFIG} is not beside it, which a file of diffusers needs, and its tensors are not called as "
-            "CompVis calls an autoencoder's"
+            f"{path} is no autoencoder that is known: {CONFIG} is not beside it, as for a file of diffusers, and its "
+            "tensors are not called as CompVis calls an autoencoder's"
         )
     return read_json(file, WeightsError)
 
 
 def _fetch(source: str) -> Path:
-    """The file of tensors of a repository of the hub, in the hub's cache; its config.json lies beside it."""
+    """Downloads config.json and the tensors of a repository into one folder of the cache; the path of the tensors."""
     if source.endswith(SUFFIXES) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)+", source):
-        raise WeightsError(f"{source} is neither a file, a folder, nor a hub id such as 'stabilityai/sd-vae-ft-mse'")
+        raise WeightsError(
+            f"{source!r} is no file, no folder, and no repository of the Hugging Face hub such as "
+            "'stabilityai/sd-vae-ft-mse'"
+        )
     try:
         import huggingface_hub
     except ImportError as error:
@@ -178,7 +190,7 @@ def _fetch(source: str) -> Path:
 
 
 def _strip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of CompVis's autoencoder: without its training loss and, in a whole model's file, the rest."""
+    """The tensors of CompVis's autoencoder, without its training loss and the other parts of a latent diffusion."""
     prefix = "first_stage_model."
     if any(name.startswith(prefix) for name in tensors):
         tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
@@ -186,7 +198,7 @@ def _strip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _compvis_config(path: Path, tensors: Mapping[str, Tensor], scaled: bool) -> AutoencoderConfig:
-    """The architecture that the shapes tell. scaled: how the latents are scaled is known from elsewhere."""
+    """The architecture that follows from the shapes. scaled: the caller gives the scaling and shift factors."""
 
     def axis(name: str, axis: int) -> int:
         if name not in tensors:
@@ -196,7 +208,7 @@ def _compvis_config(path: Path, tensors: Mapping[str, Tensor], scaled: bool) -> 
         return tensors[name].shape[axis]
 
     def count(pattern: str) -> int:
-        """How many of 0, 1, ... a name has."""
+        """The number n of parts 0, 1, ..., n - 1 whose names match."""
         found = {int(match[1]) for name in tensors if (match := re.fullmatch(pattern, name, re.ASCII))}
         return next(i for i in range(len(found) + 1) if i not in found)
 
@@ -222,77 +234,55 @@ def _compvis_config(path: Path, tensors: Mapping[str, Tensor], scaled: bool) -> 
 
 
 def _diffusers_config(raw: Mapping[str, Any], path: Path) -> AutoencoderConfig:
-    """The config of diffusers' AutoencoderKL. What older versions did not write has the value that they used."""
+    """The config of diffusers' AutoencoderKL."""
     _expect(raw, path, _class_name="AutoencoderKL", act_fn="silu", latents_mean=None, latents_std=None)
-    get = _reader(raw, path)
-    widths = get("block_out_channels", "a list of integers")
+    config = _read_config(AutoencoderConfig, _KL_KEYS, raw, path)
     for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        _expect(raw, path, **{key: [kind] * len(widths)})
-    return _checked(
-        path,
-        AutoencoderConfig,
-        in_channels=get("in_channels", "an integer"),
-        out_channels=get("out_channels", "an integer"),
-        latent_channels=get("latent_channels", "an integer"),
-        widths=widths,
-        blocks=get("layers_per_block", "an integer"),
-        norm_groups=get("norm_num_groups", "an integer"),
-        mid_attention=get("mid_block_add_attention", "true or false", True),
-        quant_conv=get("use_quant_conv", "true or false", True),
-        post_quant_conv=get("use_post_quant_conv", "true or false", True),
-        scaling_factor=get("scaling_factor", "a number", 0.18215),
-        shift_factor=get("shift_factor", "a number", 0.0),
-    )
+        _expect(raw, path, **{key: [kind] * len(config.widths)})
+    return config
 
 
 def _tiny_config(raw: Mapping[str, Any], path: Path) -> TinyAutoencoderConfig:
-    """The config of diffusers' AutoencoderTiny, of one width as all published ones."""
+    """The config of diffusers' AutoencoderTiny, whose blocks have one width in all published files."""
     expected = {"act_fn": "relu", "upsample_fn": "nearest", "upsampling_scaling_factor": 2}
     _expect(raw, path, _class_name="AutoencoderTiny", **expected)
-    get = _reader(raw, path)
-    widths = {
-        *get("encoder_block_out_channels", "a list of integers"),
-        *get("decoder_block_out_channels", "a list of integers"),
-    }
+    widths = set()
+    for key in ("encoder_block_out_channels", "decoder_block_out_channels"):
+        widths |= set(_value(raw, path, key, tuple[int, ...]))
     if len(widths) != 1:
-        raise WeightsError(f"{path}: blocks of several widths, {sorted(widths)}; there should be one")
-    return _checked(
-        path,
-        TinyAutoencoderConfig,
-        in_channels=get("in_channels", "an integer"),
-        out_channels=get("out_channels", "an integer"),
-        latent_channels=get("latent_channels", "an integer"),
-        width=widths.pop(),
-        encoder_blocks=get("num_encoder_blocks", "a list of integers"),
-        decoder_blocks=get("num_decoder_blocks", "a list of integers"),
-        scaling_factor=get("scaling_factor", "a number", 1.0),
-        shift_factor=get("shift_factor", "a number", 0.0),
-    )
+        raise WeightsError(f"{path}: the blocks have several widths, {sorted(widths)}; they should have one")
+    return _read_config(TinyAutoencoderConfig, _TINY_KEYS, raw | {"width": widths.pop()}, path)
 
 
 def _expect(raw: Mapping[str, Any], path: Path, **expected: Any) -> None:
-    """Raises WeightsError where a key that is there has a value that is not implemented."""
+    """Raises WeightsError if a key is there with another value than the one that is implemented."""
     for key, value in expected.items():
         if raw.get(key, value) != value:
             raise WeightsError(f"{path}: {key} is {raw[key]!r}; only {value!r} can be loaded")
 
 
-def _reader(raw: Mapping[str, Any], path: Path) -> Callable[..., Any]:
-    """Reads a key of a given kind; null is the same as absent."""
+def _read_config(make: type, keys: Mapping[str, str], raw: Mapping[str, Any], path: Path) -> Any:
+    """A config dataclass from a config.json. keys: field -> key, where the names differ. Raises WeightsError.
 
-    def get(key: str, kind: str, default: Any = _REQUIRED) -> Any:
-        value = raw.get(key)
-        if value is None and default is not _REQUIRED:
-            return default
-        if not _KINDS[kind](value):
-            raise WeightsError(f"{path}: {key} is {value!r}; it should be {kind}")
-        return tuple(value) if isinstance(value, list) else value
+    Old versions of diffusers wrote no scaling and no switches, and used the values that are the dataclass's defaults.
+    """
+    fields = {}
+    for field in dataclasses.fields(make):
+        key = keys.get(field.name, field.name)
+        if raw.get(key) is not None or field.type not in (float, bool):
+            fields[field.name] = _value(raw, path, key, field.type)
+    return _checked(path, make, **fields)
 
-    return get
+
+def _value(raw: Mapping[str, Any], path: Path, key: str, kind: type) -> Any:
+    words, is_right = _KINDS[kind]
+    if not is_right(value := raw.get(key)):
+        raise WeightsError(f"{path}: {key} is {value!r}; it should be {words}")
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _checked(path: Path, make: Callable[..., Any], *args: Any, **fields: Any) -> Any:
-    """The config that `make` gives; what is impossible in it is the file's fault."""
+    """The config that `make` returns. A value that is out of range in it is the file's fault."""
     try:
         return make(*args, **fields)
     except ConfigError as error:

@@ -1,8 +1,8 @@
-"""Weights of the Inception-v3 of FID, from a file in the layout of pytorch-fid and torch-fidelity.
+"""Loads the Inception-v3 of FID from a file in the layout of pytorch-fid and torch-fidelity.
 
 Both publish the same file among the releases of their GitHub repositories, mseitzer/pytorch-fid and
 toshas/torch-fidelity: pt_inception-2015-12-05-6726825d.pth and weights-inception-2015-12-05-6726825d.pth, 95 MB, made
-from TensorFlow's graph. It has to be fetched by hand, once.
+from TensorFlow's graph. The user downloads it once.
 """
 
 import os
@@ -18,16 +18,17 @@ from sddit_jax.files import sha256_of
 from sddit_jax.models.inception import SIDE, Inception
 from sddit_jax.weights.files import fill, open_tensors
 
-# How the SHA-256 of the published file begins.
+# The first digits of the published file's SHA-256.
 PUBLISHED = "6726825d"
+WHERE = "pt_inception-2015-12-05-6726825d.pth of the releases of mseitzer/pytorch-fid on GitHub"
 _BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
 _EPSILON = 1e-3
 
 
 class InceptionWeights(NamedTuple):
-    """Parameters for `models.inception.features`, and the SHA-256 of the file that they are from.
+    """Parameters for `models.inception.features`, and the SHA-256 of their file.
 
-    published: whether the file is the published one; with any other weights a result is not an FID.
+    published: whether the file is the published one. Other weights give other distances, which are not called FID.
     """
 
     params: dict[str, Any]
@@ -36,21 +37,16 @@ class InceptionWeights(NamedTuple):
 
 
 def load_inception(path: str | os.PathLike[str]) -> InceptionWeights:
-    """The network of a PyTorch file (a state_dict) or a safetensors file of the same names; nothing is executed.
+    """The parameters in a PyTorch file (a state_dict) or in a safetensors file with the same names, as float32.
 
-    Batch normalisation is folded into the convolutions in float64.
+    Batch normalisation is folded into the convolutions in float64. Nothing in the file is executed.
 
-    Raises:
-      WeightsError: no such file, a damaged one, or it names the tensors that are missing, surplus, of another shape or
-        type, not finite, or not variances.
+    Raises WeightsError: no such file, a damaged file, tensors that do not fit as for `fill`, or negative variances.
     """
     path = Path(path)
     if not path.is_file():
-        raise WeightsError(
-            f"{path} is not a file here; the weights are pt_inception-2015-12-05-6726825d.pth of the releases of "
-            "mseitzer/pytorch-fid on GitHub"
-        )
-    # PyTorch counts the batches of its training; old files of it do not.
+        raise WeightsError(f"{path} is not a file here; the weights are {WHERE}")
+    # PyTorch since 0.4.1 adds a counter of batches to each batch normalisation.
     tensors = {name: t for name, t in open_tensors(path).items() if not name.endswith(".num_batches_tracked")}
     shapes = jax.eval_shape(Inception().init, jax.random.key(0), np.zeros((1, SIDE, SIDE, 3), np.float32))["params"]
     wanted, layers = {}, []
@@ -72,7 +68,7 @@ def load_inception(path: str | os.PathLike[str]) -> InceptionWeights:
         weight, bias, mean, variance = (found[f"{layer}/bn/{part}"].astype(np.float64) for part in _BATCH_NORM)
         if (variance < 0).any():
             name = f"{layer}/bn/running_var".replace("/", ".")
-            raise WeightsError(f"{path} is damaged: {name} has {(variance < 0).sum()} values that are less than 0")
+            raise WeightsError(f"{path} is damaged: the variances {name} have {(variance < 0).sum()} values below 0")
         scale = weight / np.sqrt(variance + _EPSILON)
         params[f"{layer}/kernel"] = (found[f"{layer}/conv/kernel"] * scale).astype(np.float32)
         params[f"{layer}/bias"] = (bias - mean * scale).astype(np.float32)

@@ -119,7 +119,7 @@ def with_features(arrays, features):
         (lambda a: {"mu": np.array([Runs()] * 2048, object), "sigma": a["sigma"]}, "mu holds pickled objects"),
         (
             lambda a: {"arr_0": IMAGES.astype(np.float32)},
-            r"arr_0 is float32 of shape \[10, 6, 4, 3\]; images are uint8",
+            r"arr_0 is float32 of shape \[10, 6, 4, 3\]; it should be uint8",
         ),
         (lambda a: {"arr_0": IMAGES[..., :2]}, r"shape \[10, 6, 4, 2\]"),
         (lambda a: {"arr_0": IMAGES.transpose(0, 3, 1, 2).copy()}, r"shape \[10, 3, 6, 4\]"),
@@ -148,7 +148,7 @@ def with_features(arrays, features):
         (lambda a: {"arr_0": IMAGES, "record": "null"}, "record holds a NoneType"),
         (lambda a: {"arr_0": IMAGES, "record": '{"features": 7}'}, "features of record is 7; it should be an object"),
         (lambda a: {"arr_0": IMAGES, "record": '{"features": null}'}, "features of record is None"),
-        (lambda a: {"arr_0": IMAGES, "record": '{"image_shape": [8, "8", 3]}'}, "image_shape of record is .*height"),
+        (lambda a: {"arr_0": IMAGES, "record": '{"image_shape": [8, "8", 3]}'}, "image_shape of record is .*it should"),
         (lambda a: {"arr_0": IMAGES, "record": '{"image_shape": 8}'}, "image_shape of record is 8"),
         (lambda a: {"arr_0": IMAGES, "record": "{"}, "is not an intact npz file: JSONDecodeError"),
         (lambda a: {"arr_0": IMAGES, "record": 7}, "record is int64"),

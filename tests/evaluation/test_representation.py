@@ -214,7 +214,7 @@ def test_latents_are_the_means_of_their_moments(tmp_path):
     expected = (values(plan)[train.index_n, 0, 0].astype(np.float32) - 0.25) * 0.5
     np.testing.assert_allclose(parts.codec.expected(train.batch), expected, rtol=1e-6)
     for other in (PIXELS, LATENT_CODEC | {"weights": "0"}):
-        with pytest.raises(DataError, match="the network learnt data of codec"):
+        with pytest.raises(DataError, match="the network was trained with codec"):
             load_images(smallest_config("sd_dit", LATENTS), other, source=f"latents:{tmp_path}")
 
 

@@ -107,7 +107,6 @@ def test_the_shapes_of_a_file_tell_its_network(name, patch):
         assert inferred.objectives == config.objectives
         assert inferred.diffusion.name == {MASKDIT: "edm", DIT: "ddpm"}[layout]
         assert (inferred.codec.name, inferred.codec.scale) == ("latents", (0.18215,))
-        assert not inferred.ema.warmup
 
 
 def test_a_network_that_no_code_publishes_needs_a_config():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from helpers import make_config, random_params, tiny_config
+from helpers import denoise, make_config, random_params, tiny_config
 from tiny import CONDITION, draw_batch, float64, jit, make_batch, noised_state, smallest_config, tiny_parts
 from twin import make_teacher, make_twin, namespaces, to_numpy, to_torch, twin_arrays
 
@@ -56,7 +56,7 @@ def assert_same_network(config, bound):
         def f(x, c_noise):
             return network.predict(params, network.encode(params, x, c_noise, label_B, mask), mask)
 
-        return diffusion.denoise(f, x_BHWC, sigma_B)
+        return denoise(diffusion, f, x_BHWC, sigma_B)
 
     def assert_close(ours, theirs):
         assert np.abs(ours).max() > 0.1
@@ -118,13 +118,10 @@ def test_bfloat16_is_as_near_to_float32_as_in_flax():
     config = tiny_config("sd_dit")
     network, params = random_network(config, scale=0.1)
     x_BHWC, sigma_B, label_B = random_inputs(config, batch=8)
-    exact = make_diffusion(config.diffusion).denoise(
-        lambda x, c: network(params, x, c, jnp.asarray(label_B)), x_BHWC, sigma_B
-    )
+    diffusion = make_diffusion(config.diffusion)
+    exact = denoise(diffusion, lambda x, c: network(params, x, c, jnp.asarray(label_B)), x_BHWC, sigma_B)
     low = make_network(dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16")))
-    flax = make_diffusion(config.diffusion).denoise(
-        lambda x, c: low(params, x, c, jnp.asarray(label_B)), x_BHWC, sigma_B
-    )
+    flax = denoise(diffusion, lambda x, c: low(params, x, c, jnp.asarray(label_B)), x_BHWC, sigma_B)
     twin = pytorch.cast(make_twin(config, params), torch.bfloat16)
     with torch.no_grad():
         theirs = twin(*map(to_torch, (x_BHWC, sigma_B, label_B)))
@@ -197,7 +194,8 @@ def test_a_training_step_has_the_same_losses_and_gradients(method, changes):
         np.testing.assert_allclose(parameter.detach()[clear], after[name][clear], rtol=0, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize(("method", "changes"), all_but(["sd_dit"]))
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "changes"), STEPS)
 def test_a_training_step_in_float64_ends_at_the_same_parameters(method, changes):
     with float64():
         (metrics, gradients, after), (losses, twin) = step_in_both(method, changes)
@@ -328,7 +326,7 @@ def test_labels_steps_and_the_sampler_are_checked():
             pytorch.sample(twin, labels, steps=2)
     with pytest.raises(ValueError, match="steps at least 1"):
         pytorch.sample(twin, [0], steps=0)
-    with pytest.raises(ValueError, match="the run samples by ddpm, and here it is Heun's method: give steps"):
+    with pytest.raises(ValueError, match="the run samples with ddpm, and this function with heun: give steps"):
         pytorch.sample(twin, [0])
     short, long = (
         pytorch.sample(twin, torch.tensor([1, 4], dtype=kind), steps=2) for kind in (torch.uint8, torch.int64)
