@@ -1,10 +1,10 @@
-"""What a training step costs against size: prints a table.
+"""Prints the time of a training step beside its FLOPs (sddit_jax/cost/flops.py), for steps of several sizes.
 
-    python benchmarks/cost.py [--table=discrimination] [--batch_size=16]
+    python benchmarks/cost.py --table=discrimination --batch_size=16
 
---table=discrimination: SD-DiT beside the same network without the discrimination, its teacher and its head; time should
-grow as the arithmetic does. --table=tokens, --table=masks and --table=sizes: SD-DiT-S/2 with 64 to 1,024 tokens, with
-mask ratios from 0 to 0.75, and S to L with patches of 4. In float32 on CPUs, in bfloat16 elsewhere.
+Tables: discrimination, SD-DiT with and without the discrimination, its teacher and its head; tokens, SD-DiT-S/2 with 64
+to 1,024 tokens; masks, SD-DiT-S/2 with mask ratios from 0 to 0.75; sizes, S/4, B/4 and L/4. A step is in float32 on
+CPUs, in bfloat16 elsewhere. If only matrix products took time, the time would grow as the FLOPs do.
 """
 
 import harness
@@ -16,10 +16,10 @@ from sddit_jax.cost import flops
 TABLE = flags.DEFINE_enum("table", "discrimination", ["discrimination", "tokens", "masks", "sizes"], "Which table.")
 WITHOUT = {"objectives.discrimination.weight": 0.0}
 
-# Of each row its name, the model, and what is changed in its configuration.
+# For each row its name, the model, and the keys of its config that differ.
 CASES = {
     "discrimination": [
-        (f"{model}{' without' if changes else ''}", model, changes)
+        (f"{model}{', no discrimination' if changes else ''}", model, changes)
         for model in ("digits", "S/2")
         for changes in ({}, WITHOUT)
     ],
@@ -41,11 +41,11 @@ def main() -> None:
     for name, config in configs.items():
         gflop = config.batch_size * sum(flops.training(config).values()) / 1e9
         cells = {"step": name, "s": times[name], "GFLOP": gflop, "GFLOP/s": gflop / times[name].median}
-        rows.append(cells | {"branch, time": "", "branch, arithmetic": ""})
-        if name.endswith(" without"):
+        rows.append(cells | {"s, with / without": "", "GFLOP, with / without": ""})
+        if name.endswith(", no discrimination"):
             whole = rows[-2]
-            whole["branch, time"] = whole["s"].median / cells["s"].median
-            whole["branch, arithmetic"] = whole["GFLOP"] / gflop
+            whole["s, with / without"] = whole["s"].median / cells["s"].median
+            whole["GFLOP, with / without"] = whole["GFLOP"] / gflop
     harness.show(rows)
 
 

@@ -1,8 +1,8 @@
-"""Which settings of the discrimination objective learn on digits: prints the table of docs/discrimination.md.
+"""Prints which settings of the discrimination objective learn on digits: the table of docs/discrimination.md.
 
-    python benchmarks/discrimination.py --workdir=runs/discrimination [--steps=1000] [--only=NAME,NAME]
+    python benchmarks/discrimination.py --workdir=runs/discrimination --steps=1000 --only=ibot,default
 
-Each row is a run of configs/digits.py with other settings, two minutes on two cores; a done row is not repeated.
+Each row is a run of configs/digits.py with other settings: two minutes on two cores. Finished runs are not repeated.
 """
 
 import json
@@ -18,8 +18,8 @@ from sddit_jax.train import train
 
 CONFIG = config_flags.DEFINE_config_file("config", str(Path(__file__).parents[1] / "configs" / "digits.py"))
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the runs.")
-STEPS = flags.DEFINE_integer("steps", 1000, "Training steps of a run.", lower_bound=1)
-ONLY = flags.DEFINE_list("only", [], "Names of rows; left out: all.")
+STEPS = flags.DEFINE_integer("steps", 1000, "Training steps of each run.", lower_bound=1)
+ONLY = flags.DEFINE_list("only", [], "Names of the rows to run; none: all rows.")
 
 IBOT = {"centering": "mean", "standardise": False, "teacher_temperature": (0.04, 0.07), "center_momentum": 0.9}
 RELATIVE = {"standardise": True, "teacher_temperature": (0.5, 0.5)}
@@ -45,14 +45,14 @@ COLUMNS = {
 
 
 def last_row(workdir: Path) -> dict[str, float]:
-    """The numbers of the run's last step: the train row and the evaluation."""
+    """The metrics of the run's last step, of training and evaluation."""
     path = workdir / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return {key: value for row in rows if row["step"] == STEPS.value for key, value in row.items()}
 
 
 def run(config: ConfigDict, settings: dict, workdir: Path) -> dict[str, float]:
-    """Trains with the settings unless that is done, and returns the last numbers."""
+    """Trains with the settings unless the run is done, and returns the metrics of its last step."""
     if "eval/patch/information" not in last_row(workdir):
         config.steps = STEPS.value
         config.objectives.discrimination.update(settings)
@@ -66,10 +66,10 @@ def run(config: ConfigDict, settings: dict, workdir: Path) -> dict[str, float]:
 def main() -> None:
     """Runs the rows and prints the table."""
     if not WORKDIR.value:
-        raise UserError("--workdir=DIR is needed")
+        raise UserError("--workdir=DIR is needed: the folder for the runs")
     names = ONLY.value or list(VARIANTS)
     if unknown := set(names) - set(VARIANTS):
-        raise UserError(f"--only has {', '.join(sorted(unknown))}; the rows are {', '.join(VARIANTS)}")
+        raise UserError(f"--only has {', '.join(sorted(unknown))}, but the rows are {', '.join(VARIANTS)}")
     table = {}
     for name in names:
         config = CONFIG.value.copy_and_resolve_references()

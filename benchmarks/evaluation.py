@@ -1,12 +1,13 @@
-"""What evaluating takes: prints times, images per second and the largest memory, line by line.
+"""Prints the time and the largest memory of each part of an evaluation, and the images per second.
 
-    python benchmarks/evaluation.py [--count=50000] [--reference_count=10000] [--features=inception|pixels|random-2048]
+    python benchmarks/evaluation.py --count=50000 --reference_count=10000 --features=random-2048
+    python benchmarks/evaluation.py --count=64 --features=inception --features_only
 
-Random images of --resolution pixels are made as they are read, and go through the same code as `evaluate`: features
-batch by batch, then FID, sFID, Inception Score, precision, recall and KID of --count images against --reference_count.
-Inception has random weights, which takes as long. On few cores its features of 50,000 images take hours: measure fewer
-with --count=64 --features_only, and all that comes after the features with --features=random-2048, a projection to as
-many features as Inception has. With --count below 50,000 the time of the features is also extrapolated.
+Random images of --resolution pixels go through the code of `evaluate`: features batch by batch, then FID, sFID,
+Inception Score, precision, recall and KID of --count images against --reference_count images. Inception has random
+weights, which take as long as trained ones. On few cores Inception takes hours for 50,000 images, hence two commands:
+the first measures everything after the features, with a projection that gives as many features as Inception; the second
+measures Inception alone. With --count below 50,000 it also extrapolates the time of the features to 50,000.
 """
 
 import resource
@@ -29,15 +30,15 @@ from sddit_jax.models import inception
 from sddit_jax.parallel import sharding
 
 COUNT = flags.DEFINE_integer("count", 50_000, "Images to evaluate.", lower_bound=4)
-REFERENCE_COUNT = flags.DEFINE_integer("reference_count", 10_000, "Images that they are compared with.", lower_bound=4)
-RESOLUTION = flags.DEFINE_integer("resolution", 256, "Side of the images.", lower_bound=8)
-FEATURES = flags.DEFINE_enum("features", "random-2048", ["inception", "pixels", "random-2048"], "Of what they are.")
+REFERENCE_COUNT = flags.DEFINE_integer("reference_count", 10_000, "Images to compare with.", lower_bound=4)
+RESOLUTION = flags.DEFINE_integer("resolution", 256, "Side of the images, in pixels.", lower_bound=8)
+FEATURES = flags.DEFINE_enum("features", "random-2048", ["inception", "pixels", "random-2048"], "Features to compute.")
 FEATURES_ONLY = flags.DEFINE_bool("features_only", False, "Stop after the features of the images to evaluate.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images computed at a time.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images in a batch.", lower_bound=1)
 
 
 class RandomImages(NamedTuple):
-    """Images of noise around one level of brightness each."""
+    """Images of noise, each around a brightness of its own."""
 
     count: int
     seed: int
@@ -52,7 +53,7 @@ class RandomImages(NamedTuple):
 
 
 def make_space() -> FeatureSpace:
-    """The features that the flag names."""
+    """The feature space that --features names."""
     if FEATURES.value == "pixels":
         return pixels_space()
     mesh = sharding.make_mesh(ParallelConfig())
@@ -76,24 +77,25 @@ def make_space() -> FeatureSpace:
 
 
 def timed(what: str, compute: Callable[[], Any]) -> tuple[Any, float]:
-    """The result and its seconds; prints those and the largest memory so far."""
+    """The result and the seconds that it took. Prints the seconds and the largest memory so far."""
     began = time.monotonic()
     result = compute()
     seconds = time.monotonic() - began
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{what:<58} {seconds:8.1f} s   {memory:5.1f} GiB at most so far", flush=True)
+    print(f"{what:<58} {seconds:8.1f} s   largest memory so far {memory:5.1f} GiB", flush=True)
     return result, seconds
 
 
 def main() -> None:
     """Measures and prints."""
     space, count, others = make_space(), COUNT.value, REFERENCE_COUNT.value
-    print(f"{count:,} images of {RESOLUTION.value}x{RESOLUTION.value}, {space.name}, on {jax.devices()}", flush=True)
+    side = RESOLUTION.value
+    print(f"{count:,} images of {side} x {side} pixels, features {space.name}, on {jax.devices()}", flush=True)
 
     def features(images: RandomImages) -> Measured:
         return measure(space, images.batches(BATCH_SIZE.value), keep=True)
 
-    timed("features of one batch, compiled", lambda: features(RandomImages(BATCH_SIZE.value, 2)))
+    timed("features of one batch, with compilation", lambda: features(RandomImages(BATCH_SIZE.value, 2)))
     samples, seconds = timed(f"features of {count:,} images", lambda: features(RandomImages(count, 0)))
     print(f"  {count / seconds:.4g} images per second")
     if count < 50_000:

@@ -1,9 +1,9 @@
-"""How long the first step takes: tracing, compiling, running; without and with a compilation cache.
+"""Prints the seconds until the first step is done, without and with a cache of compiled programs.
 
-    python benchmarks/first_step.py [--models=digits,XL/2]
+    python benchmarks/first_step.py --models=digits,XL/2
 
-Each measurement is a process of its own. `first step` is from before the state is made to the end of step 1. Models but
-digits are traced and lowered only.
+Each row is measured in a process of its own. "first step, s" is the time from before the state is made to the end of
+step 1. Models other than digits are only traced and lowered.
 """
 
 import json
@@ -25,13 +25,13 @@ from sddit_jax.parallel import cpu
 from sddit_jax.parallel.hooks import make_hooks
 from sddit_jax.parallel.sharding import make_mesh
 
-MODELS = flags.DEFINE_list("models", ["digits", "XL/2"], "digits, or sizes of latents of 256 pixels.")
+MODELS = flags.DEFINE_list("models", ["digits", "XL/2"], "digits, or sizes for latents of 256-pixel images.")
 METHODS = flags.DEFINE_list("methods", ["dit", "maskdit", "sd_dit"], "Methods.")
-CHILD = flags.DEFINE_bool("child", False, "Measure here, and print the seconds; for the benchmark's own use.")
+CHILD = flags.DEFINE_bool("child", False, "Measure in this process; only the benchmark itself sets it.")
 
 
 def measure(model: str, method: str) -> dict[str, float]:
-    """Seconds of each part."""
+    """The seconds of each part of a first step."""
     config = models.configuration(model, method)
     parts = make_parts(config, make_hooks(make_mesh(config.parallel, jax.devices()[:1]), config.model))
     batch = models.random_batch(config)
@@ -40,12 +40,12 @@ def measure(model: str, method: str) -> dict[str, float]:
     state = make_state(jax.random.key(0)) if model == "digits" else jax.eval_shape(make_state, jax.random.key(0))
     made = time.monotonic()
     lowered = jax.jit(make_train_step(parts), donate_argnums=0).lower(state, batch)
-    seconds = {"trace and lower": time.monotonic() - made}
+    seconds = {"trace and lower, s": time.monotonic() - made}
     if model == "digits":
         step = lowered.compile()
-        seconds["compile"] = time.monotonic() - made - seconds["trace and lower"]
+        seconds["compile, s"] = time.monotonic() - made - seconds["trace and lower, s"]
         jax.block_until_ready(step(state, batch))
-        seconds["first step"] = time.monotonic() - began
+        seconds["first step, s"] = time.monotonic() - began
     return seconds
 
 
@@ -67,12 +67,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for model in MODELS.value:
             for method in METHODS.value:
-                # The second process with a cache finds what the first has compiled.
+                # The process with the filled cache loads what the one with the empty cache compiled.
                 caches = {"none": "", "empty": folder, "filled": folder} if model == "digits" else {"none": ""}
                 for name, cache in caches.items():
                     seconds = child(model, method, cache)
                     cells = {"model": model, "method": method, "cache": name}
-                    rows.append(cells | {k: seconds.get(k, "") for k in ("trace and lower", "compile", "first step")})
+                    columns = ("trace and lower, s", "compile, s", "first step, s")
+                    rows.append(cells | {column: seconds.get(column, "") for column in columns})
     harness.show(rows)
 
 

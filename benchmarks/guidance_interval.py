@@ -1,9 +1,9 @@
-"""What guidance within an interval of noise levels costs, in passes and in time.
+"""Prints the cost of guidance in an interval of noise levels, in passes of the network and in seconds.
 
-    python benchmarks/guidance_interval.py --config=configs/digits.py [--batch_size=64] [--steps=18] [--solver=heun]
+    python benchmarks/guidance_interval.py --config=configs/digits.py --batch_size=64 --steps=18 --solver=heun
 
-Samples without guidance, with guidance everywhere, and with guidance of the middle third of the noise levels. A
-row-pass is the network on one image. What the interval saves is told from the shortest of the --repetitions.
+Samples without guidance, with guidance at all noise levels, and with guidance at the middle third of them. The sentence
+about savings uses the shortest time of the --repetitions.
 """
 
 import dataclasses
@@ -25,13 +25,13 @@ from sddit_jax.parallel.sharding import make_mesh
 from sddit_jax.sampling.sampler import make_sample, schedule
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config, as for main.", lock_config=True)
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images at a time.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images that are sampled together.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 18, "Noise levels.", lower_bound=3)
 SOLVER = flags.DEFINE_enum("solver", "heun", ["heun", "euler", "dpmpp_2m"], "Solver.")
 
 
 def main() -> None:
-    """Prints a line for each way to guide, and what the interval saves."""
+    """Prints a row for each way to guide, and how much the interval saves."""
     if CONFIG.value is None:
         raise UserError("--config=FILE is needed, as in --config=configs/digits.py")
     config = resolve(CONFIG.value)
@@ -47,7 +47,7 @@ def main() -> None:
         "everywhere": everywhere,
         "interval": dataclasses.replace(everywhere, guidance_interval=interval),
     }
-    # Heun's method passes each noise level twice, but the first.
+    # Heun's method calls the network twice at each noise level but the first.
     called = np.concatenate([levels[:-1], levels[1:-1]]) if SOLVER.value == "heun" else levels[:-1]
     guided = {
         "none": 0,
@@ -65,13 +65,13 @@ def main() -> None:
         return lambda: sample(*arguments)
 
     times = harness.measure({name: way(sampling) for name, sampling in ways.items()}, harness.REPETITIONS.value)
-    harness.show([{"guidance": name, "row-passes": passes[name], "s": times[name]} for name in ways])
-    # Of what guidance adds to no guidance.
+    harness.show([{"guidance": name, "passes of one image": passes[name], "s": times[name]} for name in ways])
+    # Fractions of what guidance at all levels adds to sampling without guidance.
     fastest = {name: seconds.low for name, seconds in times.items()}
     saved, time_saved = ((a["everywhere"] - a["interval"]) / (a["everywhere"] - a["none"]) for a in (passes, fastest))
     print(
-        f"the interval ({interval[0]:.3g}, {interval[1]:.3g}] saves {saved:.1%} of the null label's row-passes and "
-        f"{time_saved:.1%} of their time: {time_saved / saved - 1:+.1%}"
+        f"guidance only at noise levels in ({interval[0]:.3g}, {interval[1]:.3g}] saves {saved:.1%} of the passes that "
+        f"guidance adds and {time_saved:.1%} of the seconds: {time_saved / saved - 1:+.1%} relative to the passes"
     )
 
 

@@ -1,4 +1,8 @@
-"""How the benchmarks measure: ways take turns, so that what else the machine does falls on all, and medians count."""
+"""What the benchmarks share: taking times, PyTorch in a process of its own, and printing tables.
+
+The ways that a benchmark compares take turns, so that other load on the machine slows all of them, and the medians of
+the repetitions are compared.
+"""
 
 import contextlib
 import dataclasses
@@ -23,16 +27,16 @@ from sddit_jax import cli
 from sddit_jax.errors import UserError
 from sddit_jax.parallel import cpu
 
-REPETITIONS = flags.DEFINE_integer("repetitions", 7, "Measurements of each way.", lower_bound=1)
-JSON = flags.DEFINE_string("json", None, "Also write the rows, and machine and versions, to this file.")
+REPETITIONS = flags.DEFINE_integer("repetitions", 7, "Times that each way is measured.", lower_bound=1)
+JSON = flags.DEFINE_string("json", None, "File to write the rows, the machine and the versions to, as JSON.")
 
-# Else JAX would take most of a GPU's memory at its start, and leave too little for PyTorch.
+# By default JAX takes most of a GPU's memory at its start, which leaves too little for PyTorch.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """What the repetitions of one way gave."""
+    """Median and range of the repetitions of one way."""
 
     median: float
     low: float
@@ -45,7 +49,7 @@ class Spread:
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Runs a benchmark as the commands run: see `cli.run` and `cpu.keep_working_memory`."""
+    """Runs a benchmark as `cli.run` runs the commands, with `cpu.keep_working_memory`."""
 
     def command() -> None:
         cpu.keep_working_memory()
@@ -55,10 +59,10 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 
 def measure(ways: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str, Spread]:
-    """The ways take `repetitions` turns; what they return is waited for.
+    """The seconds of a call of each way, until its result is ready, over `repetitions` turns.
 
-    In each turn a way is called twice, and the second call counts: memory that a way has given back while the others
-    ran comes back slowly, above all in virtual machines, and a run of many steps does not wait for it.
+    A turn calls a way twice and measures the second call. The first gets memory back that the way released while others
+    ran; that is slow, above all in virtual machines, and a run of many steps does not wait for it.
     """
     taken = {name: [] for name in ways}
     for _ in range(repetitions):
@@ -72,7 +76,7 @@ def measure(ways: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str
 
 @contextlib.contextmanager
 def elsewhere(make: Callable[..., Callable[[], Any]], *arguments: Any) -> Iterator[Callable[[], None]]:
-    """The way make(*arguments), in a process of its own, with the memory and threads that it would have alone."""
+    """The way make(*arguments) in a process of its own, so that it has memory and threads as if it were alone."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_serve, args=(there, make, arguments), daemon=True)
@@ -84,7 +88,7 @@ def elsewhere(make: Callable[..., Callable[[], Any]], *arguments: Any) -> Iterat
         here.recv()
 
     try:
-        # Until it is ready, so that its start takes nothing from the other ways.
+        # Waits until it is ready, so that its start does not slow the other ways.
         here.recv()
         yield way
     finally:
@@ -104,11 +108,35 @@ def _serve(connection: Connection, make: Callable[..., Callable[[], Any]], argum
 
 
 def torch_device() -> str:
-    """PyTorch's name for the kind of device that JAX computes on. Raises UserError for one that it has not."""
+    """PyTorch's name of the device that JAX computes on, "cpu" or "cuda". Raises UserError for other devices."""
     names = {"cpu": "cpu", "gpu": "cuda"}
     if (backend := jax.default_backend()) not in names:
-        raise UserError(f"PyTorch is compared on {' and '.join(names)}, and JAX computes on {backend}")
+        raise UserError(f"JAX computes on {backend}, but PyTorch is compared only on {' and '.join(names)}")
     return names[backend]
+
+
+def beside_torch(
+    way: Callable[[], Any], make_torch: Callable[..., Callable[[], Any]], arguments: Sequence[Any], compiled: bool
+) -> tuple[dict[str, Any], dict[str, Spread], float]:
+    """Measures a way beside PyTorch, and the matmul rate of the machine in FLOPs per second.
+
+    make_torch(*arguments, compiled, device) makes the way of PyTorch, in eager mode and if `compiled` under
+    torch.compile. Returns the cells of a row, the times by name ("JAX", "PyTorch", "compiled") and the rate: that of
+    one large product of matrices, in float32 on CPUs and in bfloat16 on GPUs, in the same turns.
+    """
+    size, dtype = (2048, jnp.float32) if jax.default_backend() == "cpu" else (16384, jnp.bfloat16)
+    a = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    ways = {"JAX": way, "matmul": lambda: product(a, a)}
+    with contextlib.ExitStack() as processes:
+        for name in ("PyTorch", "compiled") if compiled else ("PyTorch",):
+            torch_way = elsewhere(make_torch, *arguments, name == "compiled", torch_device())
+            ways[name] = processes.enter_context(torch_way)
+        times = measure(ways, REPETITIONS.value)
+    rate = 2.0 * size**3 / times.pop("matmul").median
+    cells = {f"{name}, s": seconds for name, seconds in times.items()}
+    cells |= {f"{name} / JAX": times[name].median / times["JAX"].median for name in times if name != "JAX"}
+    return cells, times, rate
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -116,17 +144,8 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.median(values), min(values), max(values))
 
 
-def matrix_product() -> tuple[Callable[[], Any], float]:
-    """A product of matrices, float32 or on accelerators bfloat16, and its operations: what the machine does at best."""
-    # Large enough that starting it costs nothing.
-    size, dtype = (2048, jnp.float32) if jax.default_backend() == "cpu" else (16384, jnp.bfloat16)
-    a = jax.random.normal(jax.random.key(0), (size, size), dtype)
-    product = jax.jit(jnp.matmul)
-    return lambda: product(a, a), 2.0 * size**3
-
-
 def machine() -> dict[str, Any]:
-    """Where the numbers are from."""
+    """The machine and the versions that the numbers are from."""
     name = platform.processor()
     if (info := Path("/proc/cpuinfo")).exists():
         name = next((line.split(":")[1].strip() for line in info.open() if line.startswith("model name")), name)
@@ -140,7 +159,7 @@ def machine() -> dict[str, Any]:
 
 
 def show(rows: Sequence[Mapping[str, Any]], **where: str) -> None:
-    """Prints rows of the same columns as a table in Markdown, `where`, machine and versions; writes all if asked."""
+    """Prints rows with the same columns as a Markdown table, then `where`, machine and versions; --json writes all."""
     columns = list(rows[0])
     print(f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}", sep="\n")
     for row in rows:

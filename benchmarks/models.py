@@ -1,4 +1,4 @@
-"""The configurations, data and train step that the benchmarks share."""
+"""The configs, the data and the train step that the benchmarks share."""
 
 import runpy
 from collections.abc import Callable
@@ -18,16 +18,19 @@ from sddit_jax.parallel.hooks import make_hooks
 from sddit_jax.parallel.sharding import make_mesh
 
 DIGITS = Path(__file__).parents[1] / "configs" / "digits.py"
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Images of a step; digits have their own number.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Images in a step; a step of digits always has 48.", lower_bound=1)
 
 
 def fastest() -> dict[str, Any]:
-    """On CPUs layers one by one, and all kept for the backward pass, which their memory holds; elsewhere the recipe."""
+    """The keys that make a step fastest on CPUs: unrolled layers and no recomputation. On other devices none."""
     return {"model.scan": False, "model.remat": "none"} if jax.default_backend() == "cpu" else {}
 
 
 def configuration(model: str, method: str, changes: dict | None = None) -> Config:
-    """`digits`, or a size of latents of 256 pixels such as S/2; in float32 on CPUs, elsewhere in bfloat16."""
+    """The config of a method, float32 on CPUs and bfloat16 elsewhere.
+
+    model: digits, or a size such as S/2 for latents of 256-pixel images. changes: values by dotted key.
+    """
     if model == "digits":
         config = runpy.run_path(str(DIGITS))["get_config"](method)
     else:
@@ -41,7 +44,7 @@ def configuration(model: str, method: str, changes: dict | None = None) -> Confi
 
 
 def random_batch(config: Config) -> dict[str, jax.Array]:
-    """As the loader gives it."""
+    """A batch of random images or moments, as the loader would give it."""
     m, rng = config.model, np.random.default_rng(0)
     shape = (config.batch_size, m.image_size, m.image_size, m.channels)
     label_B = rng.integers(0, m.num_classes, config.batch_size, np.int32)
@@ -52,7 +55,7 @@ def random_batch(config: Config) -> dict[str, jax.Array]:
 
 
 def train_step(config: Config, batch: dict[str, jax.Array]) -> Callable[[], Any]:
-    """A step as train.py jits it on one device, to be called again and again."""
+    """A function that does one train step, jitted as in train.py, on one device."""
     parts = make_parts(config, make_hooks(make_mesh(config.parallel, jax.devices()[:1]), config.model))
     step = jax.jit(make_train_step(parts), donate_argnums=0)
     state = jax.jit(parts.init_state)(jax.random.key(0))

@@ -1,23 +1,25 @@
-"""The public MaskDiT and DiT codes beside ours, on the same weights: prints how far apart they are.
+"""Prints how much this package's networks differ from the public codes of MaskDiT and DiT with the same weights.
 
     git clone https://github.com/Anima-Lab/MaskDiT && git clone https://github.com/facebookresearch/DiT
     pip install -e '.[torch]' timm
-    python benchmarks/public_codes.py --maskdit=MaskDiT --dit=DiT [--models=S/2,XL/2] [--image_sizes=32,64]
+    python benchmarks/public_codes.py --maskdit=MaskDiT --dit=DiT --models=S/2,XL/2 --image_sizes=32,64
 
-For each model random weights of ours go through the tables of `convert` into their state_dict, which they load
-strictly. Printed are the largest absolute differences, in float32, of our Flax network and of our PyTorch network from
-theirs: D of MaskDiT, plain and with guidance; the 8 output channels of DiT. Relative to the norm are the differences of
-DiT's samples by DDIM and DDPM, and, for a training loss of MaskDiT with a mask, of the loss and of the gradients (the
-largest of all tensors).
+The layouts of `convert` turn random weights into the state_dict of the public code, which loads it strictly. "flax" is
+the Flax network, "twin" the PyTorch network of this package. All values are float32.
+
+    D, guided      largest absolute difference of MaskDiT's denoised image, without and with guidance
+    F              largest absolute difference of DiT's 8 output channels
+    DDIM, DDPM     difference of DiT's samples, relative to their norm
+    loss           relative difference of MaskDiT's training loss with a mask
+    gradient       difference of the gradients of that loss, relative to their norm, largest of all tensors
 """
 
 import importlib
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from unittest import mock
 
 import jax
@@ -25,9 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from absl import flags
+from twin import namespaces, to_torch
 
 from sddit_jax import cli
-from sddit_jax.config.border import resolve, to_dict
+from sddit_jax.config.border import resolve
 from sddit_jax.config.parts import make_parts
 from sddit_jax.config.presets import default_config
 from sddit_jax.config.sizes import parse_size
@@ -35,8 +38,9 @@ from sddit_jax.errors import UserError
 from sddit_jax.interop import pytorch
 from sddit_jax.interop.layouts import DIT, MASKDIT, Layout
 from sddit_jax.interop.state_dict import to_state_dict
+from sddit_jax.method.objectives.base import Drawn
 from sddit_jax.method.state import Parts
-from sddit_jax.method.train_step import gradients_of
+from sddit_jax.method.train_step import Gradients, gradients_of
 from sddit_jax.models.masking import sample_mask
 from sddit_jax.sampling.guidance import make_denoise, make_output
 from sddit_jax.sampling.solvers import ancestral, euler, respaced_levels
@@ -45,7 +49,7 @@ MASKDIT_CODE = flags.DEFINE_string("maskdit", None, "Clone of the public MaskDiT
 DIT_CODE = flags.DEFINE_string("dit", None, "Clone of the public DiT code.")
 MODELS = flags.DEFINE_list("models", ["S/2", "S/4", "S/8"], "Sizes.")
 IMAGE_SIZES = flags.DEFINE_list("image_sizes", ["32"], "Sides of the latents: 32 for 256 px, 64 for 512 px.")
-GRADIENTS = flags.DEFINE_bool("gradients", True, "Also the training loss; of XL/2 this takes more than 24 GB.")
+GRADIENTS = flags.DEFINE_bool("gradients", True, "Compare MaskDiT's loss and gradients too; XL/2 needs over 24 GB.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of weights and inputs.")
 GUIDANCE = 1.5
 STEPS = 5
@@ -54,7 +58,7 @@ Row = dict[str, float]
 
 
 class Case:
-    """One model of ours, its weights in all three forms, and inputs."""
+    """A model with random weights for this package's networks and the public code, and inputs."""
 
     def __init__(self, layout: Layout, method: str, size: str, image_size: int, changes: dict) -> None:
         config = default_config(method)
@@ -70,9 +74,8 @@ class Case:
         self.theirs = {
             layout.prefix + name: torch.from_numpy(entry.to_file(arrays)) for name, entry in self.entries.items()
         }
-        namespaces = json.dumps(to_dict(self.config))
-        self.twin = pytorch.SDDiT(json.loads(namespaces, object_hook=lambda section: SimpleNamespace(**section)))
-        # The large models fit into memory if all share their weights.
+        self.twin = pytorch.SDDiT(namespaces(self.config))
+        # Shared with the arrays: a large model fits into memory only once.
         self.twin.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()}, assign=True)
         shape = (2, image_size, image_size, 4)
         self.x_BHWC = np.float32(rng.standard_normal(shape))
@@ -81,7 +84,7 @@ class Case:
 
 
 def run_maskdit(models: ModuleType, losses: ModuleType, size: str, image_size: int) -> Row:
-    """Differences from MaskDiT's code."""
+    """The differences from MaskDiT's code."""
     case = Case(MASKDIT, "maskdit", size, image_size, {})
     network, diffusion = case.parts.network, case.parts.diffusion
     theirs = models.Precond_models["edm"](
@@ -91,7 +94,7 @@ def run_maskdit(models: ModuleType, losses: ModuleType, size: str, image_size: i
     label_B = torch.tensor(case.label_B)
     one_hot_BK = torch.nn.functional.one_hot(label_B, 1001)[:, :1000]
     sigma_B = np.array([0.5, 2.0], np.float32)
-    x, sigma = channels_first(case.x_BHWC), torch.tensor(sigma_B)
+    x, sigma = to_torch(case.x_BHWC), torch.tensor(sigma_B)
     row = {}
     theirs.eval()
     with torch.no_grad():
@@ -99,8 +102,9 @@ def run_maskdit(models: ModuleType, losses: ModuleType, size: str, image_size: i
         row["twin D"] = apart(case.twin(x, sigma, label_B), plain)
         guided = theirs(x, sigma[:1], one_hot_BK, cfg_scale=GUIDANCE)["x"]
         row["twin guided"] = apart(case.twin.guided(x, sigma[:1].expand(2), label_B, GUIDANCE), guided)
-    d = jax.jit(lambda p: diffusion.denoise(lambda x, c: network(p, x, c, case.label_B), case.x_BHWC, sigma_B))
-    row["flax D"] = apart(d(case.params), plain)
+    inputs = diffusion.network_input(case.x_BHWC, sigma_B)
+    f_BHWC = jax.jit(network)(case.params, *inputs, case.label_B)
+    row["flax D"] = apart(diffusion.denoised(case.x_BHWC, f_BHWC, sigma_B), plain)
     output = jax.jit(
         lambda p: make_denoise(make_output(network, diffusion, p, case.label_B, GUIDANCE), diffusion)(
             case.x_BHWC, jnp.float32(0.5)
@@ -113,34 +117,29 @@ def run_maskdit(models: ModuleType, losses: ModuleType, size: str, image_size: i
 def masked(
     case: Case, theirs: torch.nn.Module, loss_fn: Callable, one_hot_BK: torch.Tensor, sigma_B: np.ndarray
 ) -> Row:
-    """Differences in training mode: the same noise, mask and labels."""
+    """The differences of loss and gradients, with the same noise, mask and labels."""
     network = case.parts.network
     mask = sample_mask(jax.random.key(SEED.value), 2, network.model.tokens, case.parts.mask_ratio)
     order_BN = np.concatenate([mask.visible_BV, mask.hidden_BM], axis=1)
     rank_BN = torch.tensor(np.argsort(order_BN, axis=1) / network.model.tokens, dtype=torch.float32)
     log_sigma = torch.tensor((np.log(sigma_B) + 1.2) / 1.2, dtype=torch.float32).view(2, 1, 1, 1)
-    eps = channels_first(case.eps_BHWC)
+    eps = to_torch(case.eps_BHWC)
     theirs.train()
     wrapped = Wrapped(theirs)
     with drawn(log_sigma, eps, rank_BN):
-        loss = loss_fn(wrapped, channels_first(case.x_BHWC), one_hot_BK.float(), mask_ratio=0.5, mae_loss_coef=0.1)
+        loss = loss_fn(wrapped, to_torch(case.x_BHWC), one_hot_BK.float(), mask_ratio=0.5, mae_loss_coef=0.1)
     loss.mean().backward()
-    drawn_batch = {
-        "x0": case.x_BHWC, "eps": case.eps_BHWC, "sigma": sigma_B, "label": case.label_B, "mask": mask,
-    }  # fmt: skip
-    state = {
-        "params": case.params,
-        "aux": {o.name: {} for o in case.parts.objectives},
-        "ema": {"default": {}},
-        "step": 0,
-    }
-    gradients, metrics, _ = jax.jit(lambda p, b: gradients_of(case.parts, {**state, "params": p}, b))(
-        case.params, drawn_batch
-    )
-    visible = torch.tensor(np.array(mask.visible_BV), dtype=torch.int64)
-    ours = pytorch.training_losses(
-        case.twin, channels_first(case.x_BHWC), eps, torch.tensor(sigma_B), torch.tensor(case.label_B), visible
-    )
+
+    @jax.jit
+    def flax_gradients(params: dict, batch: Drawn) -> Gradients:
+        aux = {objective.name: {} for objective in case.parts.objectives}
+        state = {"params": {"network": params}, "aux": aux, "ema": {"default": {}}, "step": 0}
+        return gradients_of(case.parts, state, batch)
+
+    batch = Drawn(case.x_BHWC, case.eps_BHWC, sigma_B, case.label_B, mask, features={})
+    gradients, metrics, _ = flax_gradients(case.params, batch)
+    tensors = map(to_torch, (case.x_BHWC, case.eps_BHWC, sigma_B, case.label_B, mask.visible_BV))
+    ours = pytorch.training_losses(case.twin, *tensors)
     ours["total"].backward()
     total = float(loss.detach().mean())
     row = {
@@ -149,7 +148,7 @@ def masked(
     }
     found = {
         "twin gradient": {name: p.grad.numpy() for name, p in case.twin.named_parameters()},
-        "flax gradient": to_state_dict(gradients, network),
+        "flax gradient": to_state_dict(gradients["network"], network),
     }
     reference = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
     for key, arrays in found.items():
@@ -162,22 +161,22 @@ def masked(
 
 
 def run_dit(models: ModuleType, diffusions: ModuleType, size: str, image_size: int) -> Row:
-    """Differences from DiT's code."""
+    """The differences from DiT's code."""
     changes = {"model.learn_sigma": True, "model.null_label": "row", "diffusion.name": "ddpm"}
     case = Case(DIT, "dit", size, image_size, changes)
     network, diffusion = case.parts.network, case.parts.diffusion
     theirs = models.DiT_models[f"DiT-{size}"](input_size=image_size, num_classes=1000)
     theirs.load_state_dict(case.theirs, assign=True)
     theirs.eval()
-    t_B, x, label_B = np.array([10.0, 500.0], np.float32), channels_first(case.x_BHWC), torch.tensor(case.label_B)
+    t_B, x, label_B = np.array([10.0, 500.0], np.float32), to_torch(case.x_BHWC), torch.tensor(case.label_B)
     row = {}
     with torch.no_grad():
         reference = theirs(x, torch.tensor(t_B), label_B)
         row["twin F"] = apart(case.twin.output(x, torch.tensor(t_B), label_B), reference)
     row["flax F"] = apart(jax.jit(network)(case.params, case.x_BHWC, t_B, case.label_B), reference)
 
-    # One image under guidance on three channels, as their samplers have it: the second half is the null label's.
-    label_B, start = np.array([3]), channels_first(case.eps_BHWC[:1])
+    # One image, guided on three channels. In DiT's samplers the second half of a batch has the null label.
+    label_B, start = np.array([3]), to_torch(case.eps_BHWC[:1])
     doubled = {"y": torch.tensor([3, 1000]), "cfg_scale": GUIDANCE}
     noises = np.float32(np.random.default_rng(SEED.value).standard_normal((STEPS, *start.shape)))
     respaced = diffusions.create_diffusion(str(STEPS))
@@ -195,15 +194,15 @@ def run_dit(models: ModuleType, diffusions: ModuleType, size: str, image_size: i
                 theirs.forward_with_cfg, (2, *start.shape[1:]), start.repeat(2, 1, 1, 1), **arguments
             )
     ours = euler(make_denoise(output, diffusion), noise_BHWC, sigmas)
-    row["flax DDIM"] = relative(channels_first(ours), ddim[:1])
+    row["flax DDIM"] = relative(to_torch(ours), ddim[:1])
     noises_SBHWC = jnp.asarray(noises.transpose(0, 1, 3, 4, 2))
     ours = ancestral(output, diffusion, noise_BHWC, sigmas, lambda i: noises_SBHWC[i])
-    row["flax DDPM"] = relative(channels_first(ours), ddpm[:1])
+    row["flax DDPM"] = relative(to_torch(ours), ddpm[:1])
     return row
 
 
 class Wrapped(torch.nn.Module):
-    """What DistributedDataParallel is to the loss: the network under `module`."""
+    """Holds the network as `module`, as DistributedDataParallel does, for MaskDiT's loss."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         super().__init__()
@@ -216,7 +215,7 @@ class Wrapped(torch.nn.Module):
 
 @contextmanager
 def drawn(log_sigma: torch.Tensor, eps: torch.Tensor, rank_BN: torch.Tensor) -> Iterator[None]:
-    """Gives their loss the noise level, the noise and the order of tokens that it would draw."""
+    """Makes MaskDiT's loss draw the given noise level, noise and order of tokens."""
     with (
         mock.patch.object(torch, "randn", return_value=log_sigma),
         mock.patch.object(torch, "randn_like", return_value=eps),
@@ -225,31 +224,27 @@ def drawn(log_sigma: torch.Tensor, eps: torch.Tensor, rank_BN: torch.Tensor) -> 
         yield
 
 
-def channels_first(x_BHWC: np.ndarray) -> torch.Tensor:
-    """An image as torch has it."""
-    return torch.tensor(np.ascontiguousarray(np.asarray(x_BHWC).transpose(0, 3, 1, 2)))
-
-
 def apart(ours: object, theirs: torch.Tensor) -> float:
-    """The largest absolute difference of a torch or a JAX image from a torch one."""
-    ours = ours if isinstance(ours, torch.Tensor) else channels_first(ours)
+    """The largest absolute difference of an image of PyTorch or JAX from one of PyTorch."""
+    ours = ours if isinstance(ours, torch.Tensor) else to_torch(ours)
     return float((ours - theirs).abs().max())
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The norm of the difference over the norm."""
+    """The norm of the difference over the norm of `theirs`."""
     return float((ours - theirs).norm() / theirs.norm())
 
 
 @contextmanager
 def code(path: str) -> Iterator[None]:
-    """Imports come from a clone, and are forgotten again: both codes have modules of the same names."""
-    before = set(sys.modules)
-    sys.path.insert(0, path)
+    """Lets imports come from a clone, and forgets them at the end: both codes have modules of the same names."""
+    before, here = set(sys.modules), Path(__file__).resolve().parent
+    # Without this folder, whose models.py would hide MaskDiT's folder models.
+    others = [entry for entry in sys.path if Path(entry).resolve() != here]
     try:
-        yield
+        with mock.patch.object(sys, "path", [path, *others]):
+            yield
     finally:
-        sys.path.remove(path)
         tops = {entry.stem for entry in Path(path).iterdir()}
         for name in set(sys.modules) - before:
             if name.split(".")[0] in tops:
@@ -257,7 +252,7 @@ def code(path: str) -> Iterator[None]:
 
 
 def main() -> None:
-    """Prints a line for each model."""
+    """Prints a line for each code and model."""
     if not (MASKDIT_CODE.value or DIT_CODE.value):
         raise UserError("--maskdit=DIR or --dit=DIR is needed: a clone of the public code")
     for image_size in map(int, IMAGE_SIZES.value):
@@ -274,7 +269,7 @@ def main() -> None:
 
 
 def report(name: str, size: str, image_size: int, row: Row) -> None:
-    """A line for a model."""
+    """Prints the line of a model."""
     print(f"{name}-{size} {image_size}x{image_size}:", ", ".join(f"{k} {v:.1e}" for k, v in row.items()), flush=True)
 
 

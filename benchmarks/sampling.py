@@ -1,13 +1,15 @@
-"""Sampling with guidance beside the same in PyTorch, in float32 on a CPU, in bfloat16 on a GPU: prints a table.
+"""Prints the time of sampling with guidance beside the same in PyTorch, in float32 on CPUs, in bfloat16 on GPUs.
 
-    python benchmarks/sampling.py [--models=digits,S/2] [--images=16] [--steps=18] [--nocompiled]
+    python benchmarks/sampling.py --models=digits,S/2 --images=16 --steps=18
 
-Heun's method from the same weights, 2 * steps - 1 passes of 2 * images each, which PyTorch does one half after the
-other. PyTorch, in processes of its own, runs the network that reads what `convert to-torch` writes. Needs
-pip install -e '.[torch]', for a GPU a PyTorch of CUDA, and for torch.compile a C++ compiler (--nocompiled).
+Needs pip install -e '.[torch]' (on a GPU a PyTorch for CUDA), and for torch.compile a C++ compiler; --nocompiled leaves
+torch.compile out.
+
+Both sample by Heun's method from the same weights: 2 * steps - 1 passes of 2 * images rows each. PyTorch computes the
+two halves of a pass one after the other, in a process of its own, with the network that loads the files of
+`convert to-torch`. For "fraction of the measured matmul rate" see train_step.py.
 """
 
-import contextlib
 import dataclasses
 import os
 from collections.abc import Callable
@@ -29,20 +31,20 @@ from sddit_jax.parallel.hooks import make_hooks
 from sddit_jax.parallel.sharding import make_mesh
 from sddit_jax.sampling.sampler import make_sample
 
-MODELS = flags.DEFINE_list("models", ["digits", "S/2"], "digits, or sizes of latents of 256 pixels.")
-IMAGES = flags.DEFINE_integer("images", 16, "Images at a time.", lower_bound=1)
+MODELS = flags.DEFINE_list("models", ["digits", "S/2"], "digits, or sizes for latents of 256-pixel images.")
+IMAGES = flags.DEFINE_integer("images", 16, "Images that are sampled together.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 18, "Noise levels.", lower_bound=1)
-COMPILED = flags.DEFINE_bool("compiled", True, "torch.compile too.")
+COMPILED = flags.DEFINE_bool("compiled", True, "Whether to measure PyTorch under torch.compile too.")
 
 
 def sampling_config(model: str) -> Config:
-    """SD-DiT of a size, sampled with guidance."""
+    """The config of SD-DiT, to be sampled with guidance."""
     config = models.configuration(model, "sd_dit")
     return dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, steps=STEPS.value, guidance=1.5))
 
 
 def torch_sample(model: str, compiled: bool, device: str) -> Callable[[], Any]:
-    """The same images in PyTorch on "cpu" or "cuda"."""
+    """The sampling in PyTorch. device: "cpu" or "cuda"."""
     jax.config.update("jax_platforms", "cpu")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     config = sampling_config(model)
@@ -64,18 +66,15 @@ def row(model: str) -> dict[str, Any]:
     params = jax.jit(parts.network.init)(jax.random.key(0))
     index_B = jnp.arange(IMAGES.value)
     sample = jax.jit(make_sample(parts.network, parts.diffusion, parts.codec, config.sampling))
-    ways = {"JAX": lambda: sample(params, jnp.int32(0), index_B, index_B % config.model.num_classes)}
-    product, operations = harness.matrix_product()
-    with contextlib.ExitStack() as processes:
-        for name in ("PyTorch", "compiled") if COMPILED.value else ("PyTorch",):
-            torch_way = harness.elsewhere(torch_sample, model, name == "compiled", harness.torch_device())
-            ways[name] = processes.enter_context(torch_way)
-        times = harness.measure(ways | {"product": product}, harness.REPETITIONS.value)
-    arithmetic = IMAGES.value * 2 * (2 * STEPS.value - 1) * flops.sampling(config)
-    own = times["JAX"].median
-    cells = {"model": model, "images": IMAGES.value} | {f"{name}, s": times[name] for name in ways}
-    cells |= {f"{name} / JAX": times[name].median / own for name in ways if name != "JAX"}
-    return cells | {"products": arithmetic / own / (operations / times["product"].median)}
+    cells, times, rate = harness.beside_torch(
+        lambda: sample(params, jnp.int32(0), index_B, index_B % config.model.num_classes),
+        torch_sample,
+        (model,),
+        COMPILED.value,
+    )
+    needed = IMAGES.value * 2 * (2 * STEPS.value - 1) * flops.sampling(config)
+    fraction = needed / times["JAX"].median / rate
+    return {"model": model, "images": IMAGES.value, **cells, "fraction of the measured matmul rate": fraction}
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
-"""How far apart the same images are, drawn on other devices and in other batches: prints a table.
+"""Prints how much the same images differ when they are sampled on more devices or in other batches.
 
-    python benchmarks/sampling_invariance.py --workdir=RUN [--num_samples=64] [--devices=8]
+    python benchmarks/sampling_invariance.py --workdir=runs/digits --num_samples=64 --devices=8
 
-Draws images 0 to N - 1 of a run of pixels with one device and one batch, and again otherwise, in float32 and bfloat16:
-the largest and the mean difference in levels of 255, and the share of values that differ. On CPUs the devices are
-simulated; elsewhere there are as many as the machine has. The last line compares bfloat16 with float32.
+Samples images 0 to N - 1 of a run of pixels on one device in one batch, and then in other ways, in float32 and in
+bfloat16. Columns: the largest and the mean difference, in levels of 0 to 255, and the fraction of values that differ.
+On CPUs the devices are simulated; on other machines all devices are used. The last row compares bfloat16 with float32.
 """
 
 from pathlib import Path
@@ -27,11 +27,11 @@ from sddit_jax.sampling.sampler import make_sample
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run of pixels.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 64, "Images.", lower_bound=1)
-DEVICES = flags.DEFINE_integer("devices", 8, "Devices, on CPUs.", lower_bound=1)
+DEVICES = flags.DEFINE_integer("devices", 8, "Devices to simulate on CPUs.", lower_bound=1)
 
 
 def draw(ema: dict, settings: dict, dtype: str, devices: int, batch_size: int) -> np.ndarray:
-    """The images, int32."""
+    """The sampled images, int32 [N, H, W, C]."""
     config = resolve({**settings, "model": {**settings["model"], "dtype": dtype}})
     mesh = sharding.make_mesh(ParallelConfig(), jax.devices()[:devices])
     parts = make_parts(config, make_hooks(mesh, config.model, whole=True, trained=True))
@@ -44,11 +44,11 @@ def draw(ema: dict, settings: dict, dtype: str, devices: int, batch_size: int) -
 def main() -> None:
     """Prints the table."""
     if not WORKDIR.value:
-        raise UserError("--workdir=RUN is needed")
+        raise UserError("--workdir=RUN is needed: the folder of a run of pixels")
     jax.config.update("jax_num_cpu_devices", DEVICES.value)
     ema, meta = open_checkpoints(Path(WORKDIR.value).expanduser()).restore_ema()
     if meta["codec"]["name"] != "pixels":
-        raise UserError(f"{WORKDIR.value} learnt {meta['codec']['name']}; levels are of pixels")
+        raise UserError(f"{WORKDIR.value} was trained on {meta['codec']['name']}, but must be a run of pixels")
     ema = jax.device_get(ema)
     count, devices = NUM_SAMPLES.value, len(jax.devices())
     print(f"{'dtype':10}{'devices':>8}{'batch':>7}{'largest':>9}{'mean':>10}{'differ':>9}")
@@ -58,11 +58,11 @@ def main() -> None:
         for number, batch_size in dict.fromkeys([(1, count), (1, 1), (1, count // 2 + 1), (devices, count)]):
             images = draw(ema, meta["config"], dtype, number, batch_size)
             row(dtype, str(number), str(batch_size), images - first[dtype])
-    row("between", "1", str(count), first["bfloat16"] - first["float32"])
+    row("both", "1", str(count), first["bfloat16"] - first["float32"])
 
 
 def row(dtype: str, devices: str, batch_size: str, difference: np.ndarray) -> None:
-    """One line of the table."""
+    """Prints a row of the table."""
     size = np.abs(difference)
     print(f"{dtype:10}{devices:>8}{batch_size:>7}{size.max():9d}{size.mean():10.5f}{(size > 0).mean():9.3%}")
 

@@ -1,11 +1,11 @@
-"""What training takes on TPUs, by compilation alone: the tables of docs/tpu.md.
+"""Prints memory, FLOPs and communication of a train step that is compiled for TPUs: the tables of docs/tpu.md.
 
-    python benchmarks/tpu.py --table=scaling --quick   # SD-DiT-XL/2 with 16 images a chip, on 8 to 256 chips
-    python benchmarks/tpu.py --table=memory    # what fits where
-    python benchmarks/tpu.py --table=methods --quick   # each method, S to XL, on v4, v5e, v5p and v6e
-    python benchmarks/tpu.py --table=prototypes --quick   # the discrimination's loss: prototypes against tokens
+    python benchmarks/tpu.py --table=scaling --quick  # SD-DiT-XL/2 with 16 images a chip, on 8 to 256 chips
+    python benchmarks/tpu.py --table=memory  # SD-DiT-XL/2 with each setting of model.remat
+    python benchmarks/tpu.py --table=methods --quick  # each method, S to XL, on v4, v5e, v5p and v6e
+    python benchmarks/tpu.py --table=prototypes --quick  # SD-DiT-B/2 with 8,192 and 65,536 prototypes
 
-Needs Linux and pip install -e '.[tpu]', no TPU. A row takes one to a few minutes; --jobs of them run at a time.
+Needs Linux and pip install -e '.[tpu]', but no TPU. A row takes one to a few minutes.
 """
 
 import concurrent.futures
@@ -24,15 +24,15 @@ from sddit_jax.config.presets import imagenet
 from sddit_jax.cost import aot
 
 TABLE = flags.DEFINE_enum("table", "scaling", ["scaling", "memory", "methods", "prototypes"], "Which table.")
-JOBS = flags.DEFINE_integer("jobs", 1, "Rows that are compiled at a time, in a process each.", lower_bound=1)
-QUICK = flags.DEFINE_bool("quick", False, "Let the compiler optimise less, for a fifth of its time.")
+JOBS = flags.DEFINE_integer("jobs", 1, "Rows that are compiled at the same time, each in a process.", lower_bound=1)
+QUICK = flags.DEFINE_bool("quick", False, "Let the compiler optimise less, in a fifth of the time.")
 
 log = logging.getLogger("sddit_jax")
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A row."""
+    """The model, the method and the chips of a row."""
 
     topology: str
     batch_size: int
@@ -44,7 +44,7 @@ class Case:
     prototypes: int = 8192
 
     def report(self, quick: bool) -> aot.Report:
-        """The train step compiled."""
+        """Compiles the train step and reports on the program."""
         jax.config.update("jax_platforms", "cpu")
         config = imagenet(self.resolution, f"size={self.size},method={self.method}")
         with config.unlocked():
@@ -56,12 +56,12 @@ class Case:
 
 SCALING = [
     *(Case(f"v5e:{shape}", 16 * chips) for shape, chips in (("2x4", 8), ("4x4", 16))),
-    # Beyond 16 chips copies of 16 shards each: what a chip sends stays the same.
+    # On more than 16 chips, copies of 16 shards: a chip then sends as much as with 16 chips.
     *(
         Case(f"v5e:{shape}", 16 * chips, data=chips // 16)
         for shape, chips in (("4x8", 32), ("8x8", 64), ("8x16", 128), ("16x16", 256))
     ),
-    # All of them as shards, for comparison.
+    # All chips as shards, for comparison.
     *(Case(f"v5e:{shape}", 16 * chips) for shape, chips in (("4x8", 32), ("8x8", 64), ("8x16", 128))),
 ]
 MEMORY = [
@@ -99,15 +99,15 @@ def row(case: Case, report: aot.Report) -> dict[str, str]:
         "batch": f"{case.batch_size}",
         "remat": case.remat,
         "prototypes": f"{case.prototypes:,}" if case.method == "sd_dit" else "",
-        "state": f"{report.state_gib:.3f}",
-        "peak": f"{report.peak_gib:.2f}" + ("" if report.fits else " (does not fit)"),
+        "state, GiB": f"{report.state_gib:.3f}",
+        "peak, GiB": f"{report.peak_gib:.2f}" + ("" if report.fits else " (does not fit)"),
         "TFLOP an image": f"{compiled / 1e12:.3f}",
-        "of paper": f"{compiled / paper:.3f}",
+        "compiled / paper": f"{compiled / paper:.3f}",
         "ms at peak": f"{1e3 * case.batch_size * compiled / (devices * peak):.0f}",
-        "all-gather": f"{sent['all-gather']:.2f}",
-        "reductions": f"{sent['all-reduce'] + sent['reduce-scatter']:.2f}",
-        "others": f"{sent['all-to-all'] + sent['collective-permute']:.2f}",
-        "seconds": f"{report.compile_seconds['train_step']:.0f}",
+        "all-gather, GiB": f"{sent['all-gather']:.2f}",
+        "reductions, GiB": f"{sent['all-reduce'] + sent['reduce-scatter']:.2f}",
+        "others, GiB": f"{sent['all-to-all'] + sent['collective-permute']:.2f}",
+        "compilation, s": f"{report.compile_seconds['train_step']:.0f}",
     }
 
 

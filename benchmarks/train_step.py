@@ -1,18 +1,21 @@
-"""A training step beside the same one in PyTorch, in float32 on a CPU, in bfloat16 on a GPU: prints a table.
+"""Prints the time of a training step beside the same step in PyTorch, in float32 on CPUs, in bfloat16 on GPUs.
 
-    python benchmarks/train_step.py [--models=digits,S/2,B/4] [--methods=dit,maskdit,sd_dit] [--nocompiled]
-    python benchmarks/train_step.py --models=XL/2 --batch_size=64    # on a GPU
+    python benchmarks/train_step.py --models=digits,S/2,B/4 --methods=dit,maskdit,sd_dit
+    python benchmarks/train_step.py --models=XL/2 --batch_size=64  # on a GPU
 
-The same weights, data and threads; PyTorch in processes of its own, with memory as it manages it. A step draws noise
-and masks, and updates parameters (AdamW, in PyTorch fused), EMA and teacher. PyTorch does not update the centers of the
-discrimination, whose cost is negligible. On a GPU it has autocast, as its codes do: the stream between blocks is
-float32, products by the prototypes bfloat16, and nothing is computed twice; here it is the other way round.
-`products` are the matrix products that the step cannot do without (sddit_jax/cost/flops.py), over its time, as a share
-of what one large one reaches in the same run. Needs pip install -e '.[torch]', for a GPU a PyTorch of CUDA, and for
-torch.compile a C++ compiler (--nocompiled).
+Needs pip install -e '.[torch]' (on a GPU a PyTorch for CUDA), and for torch.compile a C++ compiler; --nocompiled leaves
+torch.compile out.
+
+Both have the same weights, data and number of threads; PyTorch runs in processes of its own. A step draws noise and
+masks and updates parameters (AdamW, fused in PyTorch), EMA and teacher. PyTorch's step does not update the centers of
+the discrimination; their cost is negligible. On a GPU PyTorch uses autocast: the residual stream is float32, products
+with the prototypes are bfloat16, and nothing is recomputed. JAX's residual stream is bfloat16, its products with the
+prototypes are float32, and it recomputes what `model.remat` says.
+
+"fraction of the measured matmul rate": the FLOPs that every implementation needs (sddit_jax/cost/flops.py) per second
+of the step, over the FLOPs per second of one large matrix product in the same run.
 """
 
-import contextlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -29,13 +32,13 @@ from sddit_jax.cost import flops
 from sddit_jax.interop import pytorch
 from sddit_jax.models.masking import visible_count
 
-MODELS = flags.DEFINE_list("models", ["digits", "S/2", "B/4"], "digits, or sizes of latents of 256 pixels.")
+MODELS = flags.DEFINE_list("models", ["digits", "S/2", "B/4"], "digits, or sizes for latents of 256-pixel images.")
 METHODS = flags.DEFINE_list("methods", ["dit", "maskdit", "sd_dit"], "Methods.")
-COMPILED = flags.DEFINE_bool("compiled", True, "torch.compile too.")
+COMPILED = flags.DEFINE_bool("compiled", True, "Whether to measure PyTorch under torch.compile too.")
 
 
 def torch_step(model: str, method: str, compiled: bool, device: str) -> Callable[[], None]:
-    """The same step in PyTorch on "cpu" or "cuda"."""
+    """The step in PyTorch. device: "cpu" or "cuda"."""
     jax.config.update("jax_platforms", "cpu")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     config = models.configuration(model, method)
@@ -93,21 +96,18 @@ def torch_step(model: str, method: str, compiled: bool, device: str) -> Callable
 def row(model: str, method: str) -> dict[str, Any]:
     """The cells of a row."""
     config = models.configuration(model, method, models.fastest())
-    product, operations = harness.matrix_product()
-    ways = {"JAX": models.train_step(config, models.random_batch(config))}
-    with contextlib.ExitStack() as processes:
-        for name in ("PyTorch", "compiled") if COMPILED.value else ("PyTorch",):
-            torch_way = harness.elsewhere(torch_step, model, method, name == "compiled", harness.torch_device())
-            ways[name] = processes.enter_context(torch_way)
-        times = harness.measure(ways | {"product": product}, harness.REPETITIONS.value)
-    rate = operations / times["product"].median
-    arithmetic = config.batch_size * sum(flops.training(config).values())
-    own = times["JAX"].median
-    cells = {"model": model, "method": method, "batch": config.batch_size}
-    cells |= {f"{name}, s": times[name] for name in ways}
-    cells |= {f"{name} / JAX": times[name].median / own for name in ways if name != "JAX"}
-    cells |= {"products": arithmetic / own / rate, "of PyTorch": arithmetic / times["PyTorch"].median / rate}
-    return cells | {"GFLOP/s": rate / 1e9}
+    step = models.train_step(config, models.random_batch(config))
+    cells, times, rate = harness.beside_torch(step, torch_step, (model, method), COMPILED.value)
+    needed = config.batch_size * sum(flops.training(config).values())
+    return {
+        "model": model,
+        "method": method,
+        "batch": config.batch_size,
+        **cells,
+        "fraction of the measured matmul rate": needed / times["JAX"].median / rate,
+        "PyTorch's fraction": needed / times["PyTorch"].median / rate,
+        "measured matmul rate, GFLOP/s": rate / 1e9,
+    }
 
 
 def main() -> None:

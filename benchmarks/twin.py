@@ -1,4 +1,4 @@
-"""A network of ours and the same one in PyTorch, in one process: what they are compared by."""
+"""A network of this package and the same network in PyTorch, in one process, for benchmarks and tests."""
 
 import json
 from types import SimpleNamespace
@@ -15,12 +15,12 @@ from sddit_jax.interop.state_dict import to_state_dict
 
 
 def namespaces(config: Config) -> SimpleNamespace:
-    """A config as the PyTorch network takes it."""
+    """A config as the PyTorch network takes it: nested namespaces."""
     return json.loads(json.dumps(to_dict(config)), object_hook=lambda section: SimpleNamespace(**section))
 
 
 def to_torch(x: Any) -> torch.Tensor:
-    """An array of ours as a tensor; an image as [B, C, H, W], integers as int64."""
+    """An array as a tensor. Images [B, H, W, C] become [B, C, H, W], and int32 becomes int64."""
     x = np.array(x)
     if x.ndim == 4:
         x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
@@ -28,14 +28,14 @@ def to_torch(x: Any) -> torch.Tensor:
 
 
 def to_numpy(x: torch.Tensor) -> np.ndarray:
-    """An image tensor as an array of ours."""
+    """An image tensor [B, C, H, W] as an array [B, H, W, C]."""
     return x.detach().numpy().transpose(0, 2, 3, 1)
 
 
 def make_twin(config: Config, params: Any) -> pytorch.SDDiT:
-    """The PyTorch network with our parameters, in their dtype.
+    """The PyTorch network with parameters of the Flax network, in their dtype.
 
-    params: the network's, or those of a train state, from which the head of the discrimination is taken too.
+    params: of the network, or of a train state, from which it gets the head of the discrimination too.
     """
     arrays = {name: torch.from_numpy(np.array(a)) for name, a in twin_arrays(config, params).items()}
     twin = pytorch.SDDiT(namespaces(config), head="head.prototypes" in arrays)
@@ -44,14 +44,17 @@ def make_twin(config: Config, params: Any) -> pytorch.SDDiT:
 
 
 def twin_arrays(config: Config, params: Any) -> dict[str, np.ndarray]:
-    """The parameters of the network, or of a train state with those of the discrimination, under PyTorch's names."""
+    """The parameters of `make_twin` by their names in PyTorch."""
     whole = params if "network" in params else {"network": params}
     head = _flat_head(whole.get("discrimination", {}))
     return to_state_dict(whole["network"], make_network(config)) | head
 
 
 def make_teacher(config: Config, params: Any, aux: Any) -> pytorch.Teacher:
-    """The PyTorch teacher of the state of the discrimination (teacher "own"), at the schedule's first temperature."""
+    """The PyTorch teacher of a run with the teacher "own", at the first temperature of its schedule.
+
+    params, aux: of a train state, and the state of its discrimination.
+    """
     teacher = aux["teacher"]
     network = {**params["network"], "encoder": teacher["encoder"]}
     whole = make_twin(config, {"network": network, "discrimination": teacher["head"]}).requires_grad_(False)
@@ -66,7 +69,7 @@ def make_teacher(config: Config, params: Any, aux: Any) -> pytorch.Teacher:
 
 
 def _flat_head(params: Any) -> dict[str, np.ndarray]:
-    """The head's parameters under the names of the PyTorch head, kernels as [out, in]."""
+    """The head's parameters by their names in PyTorch, kernels as [out, in]."""
     arrays = {}
     for name, leaf in params.items():
         if name == "prototypes":

@@ -1,9 +1,11 @@
-"""SD-DiT on scikit-learn's 1,797 real handwritten digits: the whole method in minutes on two CPU cores.
+"""Trains SD-DiT in pixels on scikit-learn's 1,797 handwritten digits, 8 x 8 pixels: the whole method in minutes.
 
     python -m sddit_jax.main --config=configs/digits.py --workdir=runs/digits
 
-An argument chooses another method: --config=configs/digits.py:method=maskdit, or digits.py:maskdit for short (sd_dit,
-maskdit, dit_decoder, dit).
+An argument chooses the method (sd_dit, maskdit, dit_decoder or dit): digits.py:method=maskdit, or digits.py:maskdit.
+
+2,600 steps of 48 images took 296 s on two CPU cores (AMD EPYC, jax 0.10.2, seed 0). At the end the run judges its
+samples: a classifier recognised 97.5 % of them as the digit asked for; of real digits it recognises 97 %.
 """
 
 import ml_collections
@@ -30,11 +32,12 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
         config.model.decoder_heads = 4
         config.model.scan = False
 
-        # Digits have a mean of -0.39 and a standard deviation of 0.75 in [-1, 1]; the scale makes it sigma_data.
+        # In [-1, 1] the digits have a mean of -0.39 and a standard deviation of 0.75. The scale makes the latter
+        # sigma_data, 0.5.
         config.codec.mean = (-0.39,)
         config.codec.scale = (0.665,)
 
-        # Digits have 17 grey levels, 0.08 apart here: training at noise levels far below that is lost on them.
+        # Digits have 17 grey levels, 0.08 apart after scaling: noise levels far below that teach the network nothing.
         config.diffusion.edm.log_sigma_mean = -0.8
         config.diffusion.edm.log_sigma_std = 1.0
 

@@ -1,13 +1,13 @@
-"""SD-DiT in pixels on a folder of images with one sub-folder per class (PNG, JPEG or WebP).
+"""Trains SD-DiT-S/4 in pixels on a folder of PNG, JPEG or WebP files, 64 x 64 pixels, for 200,000 steps of 128 images.
 
-    python -m sddit_jax.main --config=configs/folder.py:data=PATH --workdir=runs/mine
+    python -m sddit_jax.main --config=configs/folder.py:photos --workdir=runs/photos
 
-Arguments behind the colon: data=PATH, size=B/2 (S/2 to H/8), method=maskdit (sd_dit, maskdit, dit_decoder, dit). A path
-may stand alone, as in folder.py:PATH.
+Each sub-folder is a class; a folder without sub-folders trains without labels. Images are resized and cropped to
+64 x 64. --config.model.image_size=32 sets another size; images of 256 pixels and more are better trained on as latents
+(see imagenet256.py).
 
-Classes are counted from the folder; a folder without sub-folders trains without labels. Images are resized and cropped
-to 64 x 64; --config.model.image_size=32 and so on change what is wanted. For images of 256 pixels and more, train on
-latents.
+Arguments choose folder, size (S/2 to H/8) and method (sd_dit, maskdit, dit_decoder, dit):
+folder.py:data=photos,size=B/2,method=maskdit. The folder may stand alone, as above.
 """
 
 import ml_collections

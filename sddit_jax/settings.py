@@ -1,7 +1,8 @@
-"""How a key of the configuration is declared: its default, where that is from, what it means, and what it may be.
+"""The declaration of a config key: its default, where the default is from, its meaning, and its allowed values.
 
 A section is a frozen dataclass whose fields are made by `setting`. It lies beside the code that reads it. It may have a
-method `check()`, which raises ConfigError for values that cannot be used together.
+method `check(prefix)`, which raises ConfigError for values that cannot be used together; `prefix` is the dotted key of
+the section and a dot, as in "objectives.discrimination.", for the message to name each key in full.
 
 Where a default is from:
   P  the SD-DiT paper's abstract or introduction
@@ -15,8 +16,10 @@ from typing import Any
 
 
 def setting(default: Any, source: str, meaning: str, **allowed: Any) -> Any:
-    """A field of a section: default, source (P, S, I or C), meaning in one line, and what its values may be.
+    """A field of a section: its default, the source of the default (P, S, I or C), its meaning and its allowed values.
 
-    allowed: least, most, above (numbers; for a tuple, of each element) and choices (strings).
+    allowed: least, most and above (numbers, for each element of a tuple) and choices (strings), as in
+
+        steps: int = setting(40, "I", "noise levels of the solver", least=1)
     """
     return dataclasses.field(default=default, metadata={"source": source, "meaning": meaning, **allowed})

@@ -44,6 +44,11 @@ def random_params(init, *args, scale: float = 0.1):
     return jax.tree.map(lambda leaf: np.float32(scale * rng.normal(size=leaf.shape)), shapes)
 
 
+def denoise(diffusion, network, x_BHWC, sigma_B):
+    """D(x; sigma) by network(c_in * x, c_noise) -> F."""
+    return diffusion.denoised(x_BHWC, network(*diffusion.network_input(x_BHWC, sigma_B)), sigma_B)
+
+
 def products(jaxpr):
     """Operations of all dot_generals of a jaxpr, loops counted."""
     total = 0

@@ -1,4 +1,4 @@
-"""The table of diffusions, and the one that a configuration names."""
+"""The table of diffusions, and the diffusion of a configuration."""
 
 import dataclasses
 
@@ -14,11 +14,13 @@ DIFFUSIONS: dict[str, type[Diffusion]] = {
 DiffusionConfig = dataclasses.make_dataclass(
     "DiffusionConfig",
     [
-        ("name", str, setting("edm", "I", "edm, or ddpm: what DiT's checkpoints need", choices=tuple(DIFFUSIONS))),
+        ("name", str, setting("edm", "I", "kind: 'edm', or 'ddpm', for checkpoints of DiT", choices=tuple(DIFFUSIONS))),
         *((name, kind, kind()) for name, kind in DIFFUSIONS.items()),
     ],
     frozen=True,
-    namespace={"__doc__": "The diffusion by name, and a section for each kind; the others have no effect."},
+    namespace={
+        "__doc__": "The diffusion: how noise is added and removed. Only the section of the kind in name has an effect."
+    },
 )
 
 

@@ -1,4 +1,4 @@
-"""The losses as formulas: arrays in, float32 numbers out."""
+"""The formulas of the losses: arrays in, float32 arrays out."""
 
 from typing import NamedTuple
 
@@ -9,21 +9,21 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def patch_mean(error_BHWC: jax.Array, patch: int) -> jax.Array:
-    """The mean over each patch's pixels and channels: [B, N] in raster order."""
+    """The mean over the pixels and channels of each patch: [B, N], patches in raster order."""
     batch, height, width, channels = error_BHWC.shape
     grid = error_BHWC.reshape(batch, height // patch, patch, width // patch, patch, channels)
     return grid.mean(axis=(2, 4, 5)).reshape(batch, -1)
 
 
 def denoising_error(denoised_BHWC: jax.Array, x0_BHWC: jax.Array, weight_B: jax.Array) -> jax.Array:
-    """EDM's weighted squared error per pixel and channel (Karras et al. 2022, Eq. 2 and Table 1)."""
+    """EDM's weighted squared error: [B, H, W, C] (Karras et al. 2022, Eq. 2 and Table 1)."""
     return weight_B[:, None, None, None] * jnp.square(denoised_BHWC - x0_BHWC)
 
 
 def reconstruction_error(prediction_BNP: jax.Array, target_BNP: jax.Array) -> jax.Array:
-    """Squared error to the target patches, each normalised by its own mean and unbiased variance: [B, N].
+    """Mean squared error to target patches, each normalised by its own mean and unbiased variance: [B, N].
 
-    The auxiliary loss of MaskDiT (Zheng et al. 2023) and, without the noise, of MAE.
+    With noisy images as targets this is the auxiliary loss of MaskDiT (Zheng et al. 2023), with clean ones MAE's loss.
     """
     variance = target_BNP.var(axis=-1, ddof=1, keepdims=True)
     normalised = (target_BNP - target_BNP.mean(axis=-1, keepdims=True)) * jax.lax.rsqrt(variance + 1e-6)
@@ -31,24 +31,25 @@ def reconstruction_error(prediction_BNP: jax.Array, target_BNP: jax.Array) -> ja
 
 
 def entropy(p: jax.Array) -> jax.Array:
-    """-sum p ln p over the last axis, in nats; 0 ln 0 = 0."""
+    """-sum p ln p over the last axis, in nats, where 0 ln 0 = 0."""
     return -jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0).sum(axis=-1)
 
 
 class Assignments(NamedTuple):
-    """What the teacher's prototype assignments look like, averaged over images and tokens."""
+    """Statistics of the teacher's assignments: means over images and tokens."""
 
-    entropy: jax.Array  # mean entropy of an assignment, nats
-    mean_K: jax.Array  # mean assignment
+    entropy: jax.Array  # of an assignment, in nats
+    mean_K: jax.Array  # the mean assignment
     variance: jax.Array  # mean square of the centered logits
-    agreement: jax.Array  # share of tokens whose most likely prototype is the student's too
+    agreement: jax.Array  # fraction of tokens for which teacher and student have the same most likely prototype
 
 
 def assignment_information(p_BK: jax.Array, label_B: jax.Array) -> jax.Array:
-    """What assignments p(k | image) tell of the image beyond its label, in nats, over images that share a label.
+    """The mutual information of image and prototype given the label, in nats.
 
-    I = H(mean assignment of the label) - mean H(assignment), the mutual information of image and prototype given the
-    label. Few images of a label give too low a value: n of them at most ln n. NaN if no label comes twice.
+    I = H(mean assignment of the label) - mean H(assignment), averaged over the images whose label comes at least twice.
+    p_BK: assignments p(k | image). With n images of a label, I is at most ln n, so few images give too low a value. NaN
+    if no label comes twice.
     """
     same_BB = (label_B[:, None] == label_B[None]).astype(jnp.float32)
     count_B = same_BB.sum(axis=1)
@@ -68,15 +69,14 @@ def prototype_cross_entropy(
     teacher_temperature: jax.Array | float,
     chunk: int,
 ) -> tuple[jax.Array, Assignments]:
-    """Mean over images and tokens of -sum_k P_T log P_S, with what the teacher's assignments look like.
+    """The mean of -sum_k P_T log P_S over images and tokens, and statistics of the teacher's assignments P_T.
 
-    P_T = softmax((z_T - center) / teacher_temperature), P_S = softmax(z_S / student_temperature), where z are the
-    products of vectors [B, V, E] with prototypes [K, E] (DINO, Caron et al. 2021, Eq. 2; iBOT, Zhou et al. 2022,
-    Eq. 2). The center of a token is the row of `center_MK` that `cell_BV` (int32) names. No gradient passes the
-    teacher's arguments.
+    P_T = softmax((z_T - center) / teacher_temperature) and P_S = softmax(z_S / student_temperature), where the logits z
+    are products of vectors [B, V, E] and prototypes [K, E] (DINO, Caron et al. 2021, Eq. 2; iBOT, Zhou et al. 2022,
+    Eq. 2). The center of a token is row `cell_BV` (int32) of `center_MK`. No gradient flows to the teacher's arguments.
 
-    The logits of at most `chunk` token positions exist at one time, in the backward pass too: at XL/2, 204 visible
-    tokens of 256 images against 8192 prototypes would be two arrays of 1.7 GB.
+    Logits are computed for `chunk` token positions at a time, in the backward pass too: for 204 visible tokens of 256
+    images and 8192 prototypes, those of student and teacher would be two arrays of 1.7 GB.
     """
     batch, tokens, _ = student_BVE.shape
     chunk = min(chunk, tokens)

@@ -1,4 +1,4 @@
-"""Optimisers of optax by name, split from their learning rate, which is a function of the step alone."""
+"""Optimisers of optax by name. The learning rate is applied by the train step."""
 
 import dataclasses
 
@@ -10,25 +10,48 @@ from sddit_jax.settings import setting
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """An optimiser of optax by name, with its learning rate a function of the step."""
+    """The optimiser, one of optax, and its learning rate, a function of the step."""
 
     name: str = setting("adamw", "I", "adamw, adam, lion, sgd, radam, nadamw, lamb or muon")
-    learning_rate: float = setting(1e-4, "I", "peak learning rate", above=0)
-    schedule: str = setting("constant", "I", "after warm-up: constant or cosine (to 0)", choices=("constant", "cosine"))
-    warmup_steps: int = setting(0, "I", "steps of linear warm-up", least=0)
-    b1: float = setting(0.9, "I", "decay of the first moment (momentum for sgd)", least=0, most=1)
-    b2: float = setting(0.999, "I", "decay of the second moment", least=0, most=1)
-    eps: float = setting(1e-8, "I", "added to the root of the second moment", above=0)
-    weight_decay: float = setting(0.0, "I", "decoupled weight decay", least=0)
-    clip_norm: float = setting(0.0, "I", "largest global gradient norm; 0 does not clip", least=0)
-    max_skipped: int = setting(10, "C", "non-finite steps in a row, each skipped, before the run ends", least=1)
+    learning_rate: float = setting(1e-4, "I", "peak learning rate, reached at the end of the warm-up", above=0)
+    schedule: str = setting(
+        "constant",
+        "I",
+        "learning rate after the warm-up: 'constant', or 'cosine', which falls to 0 at the last step",
+        choices=("constant", "cosine"),
+    )
+    warmup_steps: int = setting(0, "I", "steps in which the learning rate rises linearly to its peak; 0: none", least=0)
+    b1: float = setting(
+        0.9,
+        "I",
+        "decay of the running mean of gradients (first moment); for sgd and muon the momentum",
+        least=0,
+        most=1,
+    )
+    b2: float = setting(
+        0.999, "I", "decay of the running mean of squared gradients (second moment); sgd has none", least=0, most=1
+    )
+    eps: float = setting(1e-8, "I", "added to the root of the second moment, so that nothing is divided by 0", above=0)
+    weight_decay: float = setting(
+        0.0, "I", "decoupled weight decay, times the learning rate; 0: none; adam, radam and sgd take only 0", least=0
+    )
+    clip_norm: float = setting(
+        0.0, "I", "norm of all gradients together, above which they are scaled down to it; 0: no clipping", least=0
+    )
+    max_skipped: int = setting(
+        10,
+        "C",
+        "steps in a row, each skipped for a non-finite loss or gradient, that end the run (exit code 3)",
+        least=1,
+    )
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """The optimiser at learning rate 1; the train step multiplies its updates by the rate of the step.
+    """The optimiser with learning rate 1. The train step multiplies its updates by the learning rate of the step.
 
-    Exact for each name below, since the learning rate is the last factor of all of them. (A rate inside the
-    optimiser would follow its own count, which stands still when the non-finite guard skips a step.)
+    That is exact, since the learning rate is the last factor of each optimiser below. Inside the optimiser the rate
+    would follow the optimiser's own count, which stands still when the step is skipped as not finite. Raises
+    ConfigError for an unknown name, and for weight decay of an optimiser that has none.
     """
     c = config
     adam = {"b1": c.b1, "b2": c.b2, "eps": c.eps}

@@ -1,4 +1,4 @@
-"""The parts that a train step is put together from, and the train state that it starts from."""
+"""The parts of a train step, and the train state."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,21 +19,24 @@ State = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class EMAConfig:
-    """The weights that sampling uses."""
+    """The exponential moving average (EMA) of the network's weights, which sampling uses."""
 
-    decay: float = setting(0.9999, "I", "decay of the sampling EMA", least=0, most=1)
+    decay: float = setting(
+        0.9999, "I", "fraction of the EMA that a step keeps; the rest is the step's weights", least=0, most=1
+    )
     warmup: bool = setting(
         True,
         "C",
-        "decay(t) = min(decay, (1 + t) / (10 + t)): forgets a random start; off for weights that are trained",
+        "whether the decay at step t is min(decay, (1 + t) / (10 + t)), which forgets random first weights; false: "
+        "for a run that starts from trained weights",
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What a train step is made of. Holds no arrays.
+    """The parts of a train step; see `parts.make_parts`. Holds no arrays.
 
-    learning_rate(step), ema_decay(step): schedules. mask_ratio: the share of tokens that the student does not see.
+    learning_rate(step), ema_decay(step): schedules. mask_ratio: fraction of tokens that are invisible to the student.
     """
 
     network: Network
@@ -49,20 +52,20 @@ class Parts:
     seed: int
 
     def init_state(self, key: jax.Array) -> State:
-        """The state that a run starts from, with fresh parameters; see `state_from`."""
+        """The state of a run at step 0 with fresh parameters; see `state_from`."""
         return self.state_from(self.init_params(key))
 
     def init_params(self, key: jax.Array) -> dict[str, Any]:
-        """Fresh float32 parameters: {"network": ..., and by name what each objective owns, if it owns any}."""
+        """Fresh float32 parameters: {"network": ..., the name of each objective that owns parameters: ...}."""
         objective_key = jax.random.split(key, 3)[2]
         own = {objective.name: objective.init_params(objective_key) for objective in self.objectives}
         return {"network": self.network.init(key)} | {name: tree for name, tree in own.items() if tree}
 
     def state_from(self, params: Any, ema: Any = None) -> State:
-        """{params, ema: {name: network}, opt_state, aux: {objective: its state}, step, skipped} at step 0.
+        """The state of a run at step 0.
 
-        No buffer is in it twice, so that it can be donated. The EMA is of the network alone; it starts as `ema`, or as
-        the parameters. `skipped` counts the non-finite steps in a row.
+        ema: the network's EMA to start from; None starts it from the parameters. `aux` has the state of each objective,
+        `skipped` counts the steps in a row that were not finite. No buffer is in it twice, so that it can be donated.
         """
         return {
             "params": params,
@@ -75,5 +78,5 @@ class Parts:
 
 
 def by_owner(params: Any) -> dict[str, Any]:
-    """What is laid out like `params` of a state, by encoder, decoder, and each objective that owns some."""
+    """A tree like a state's `params` as {"encoder": ..., "decoder": ..., the name of each objective with some: ...}."""
     return params["network"] | {name: tree for name, tree in params.items() if name != "network"}

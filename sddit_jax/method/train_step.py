@@ -1,4 +1,4 @@
-"""The train step: state and batch in, state and metrics out, a pure function."""
+"""The train step, a pure function (state, batch) -> (state, metrics)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,23 +16,23 @@ Batch = dict[str, jax.Array]
 TrainStep = Callable[[State, Batch], tuple[State, Metrics]]
 # (gradients, metrics, each objective's statistics)
 Gradients = tuple[Any, Metrics, dict[str, Any]]
-# Folded into a step's key for the codec's own random numbers. A small number would give one of the keys that `draw`
-# splits the key into, and so the noise of the diffusion once more.
+# Folded into a step's key for the random numbers of the codec. A small number would give a key that `draw` splits off
+# too, and so the same random numbers twice.
 CODEC_STREAM = 2**32 - 1
 
 
 def step_key(parts: Parts, step: jax.Array) -> jax.Array:
-    """The key of all that is random in a step."""
+    """The key of all random numbers of a step."""
     return jax.random.fold_in(jax.random.key(parts.seed), step)
 
 
 def clean(parts: Parts, batch: Batch, step: jax.Array) -> jax.Array:
-    """The clean images x0 of a step's batch; of latents, a sample of each image's Gaussian that the step draws."""
+    """The clean images x0 of a step's batch, float32 [B, H, W, C]. Latents are samples that the step decides."""
     return parts.codec.clean(batch, jax.random.fold_in(step_key(parts, step), CODEC_STREAM))
 
 
 def draw(key: jax.Array, parts: Parts, x0_BHWC: jax.Array, batch: Batch) -> Drawn:
-    """All that is random in a step, for the whole batch: eps, sigma, mask, and which labels are dropped."""
+    """The random variables of a step for the whole batch: eps, sigma, mask and dropped labels."""
     sigma_key, eps_key, mask_key, label_key = jax.random.split(key, 4)
     count, network, ratio = x0_BHWC.shape[0], parts.network, parts.mask_ratio
     dropped_B = jax.random.uniform(label_key, (count,)) < parts.label_dropout
@@ -40,7 +40,7 @@ def draw(key: jax.Array, parts: Parts, x0_BHWC: jax.Array, batch: Batch) -> Draw
         x0_BHWC=x0_BHWC,
         eps_BHWC=jax.random.normal(eps_key, x0_BHWC.shape),
         sigma_B=parts.diffusion.sample_sigma(sigma_key, count),
-        # Without classes every label is the null label, 0.
+        # Without classes the null label is 0, and every label becomes it.
         label_B=jnp.where(dropped_B, network.null_label, jnp.minimum(batch["label"], network.null_label)),
         mask=sample_mask(mask_key, count, network.model.tokens, ratio) if ratio else None,
         features=_features(parts, batch),
@@ -48,20 +48,20 @@ def draw(key: jax.Array, parts: Parts, x0_BHWC: jax.Array, batch: Batch) -> Draw
 
 
 def _features(parts: Parts, batch: Batch) -> dict[str, jax.Array]:
-    """What the objectives need of a batch. Raises ConfigError for what it lacks."""
+    """The arrays of a batch that objectives need. Raises ConfigError for an array that the batch lacks."""
     features = {}
     for objective in parts.objectives:
         for name in objective.needs.features:
             if name not in batch:
                 raise ConfigError(
-                    f"objectives.{objective.name} needs {name} in every record, but the data has {', '.join(batch)}"
+                    f"objectives.{objective.name} needs {name} in every record, but records have {', '.join(batch)}"
                 )
             features[name] = batch[name]
     return features
 
 
 def student_views(params: Any, parts: Parts, drawn: Drawn) -> Views:
-    """The student's pass over one drawn batch. params: the network's."""
+    """The student's pass over a drawn batch. params: of the network."""
     network, diffusion, sigma_B = parts.network, parts.diffusion, drawn.sigma_B
     taps = tuple(sorted({block for objective in parts.objectives for block in objective.needs.blocks}))
     noised_BHWC = diffusion.noised(drawn.x0_BHWC, drawn.eps_BHWC, sigma_B)
@@ -72,7 +72,7 @@ def student_views(params: Any, parts: Parts, drawn: Drawn) -> Views:
 
 
 def gradients_of(parts: Parts, state: State, drawn: Drawn) -> Gradients:
-    """The gradient of the weighted sum of the objectives on one drawn batch."""
+    """The gradient of the weighted sum of all objectives on a drawn batch."""
 
     def loss_fn(params: Any) -> tuple[jax.Array, tuple[Metrics, dict[str, Any]]]:
         views = student_views(params["network"], parts, drawn)
@@ -86,7 +86,7 @@ def gradients_of(parts: Parts, state: State, drawn: Drawn) -> Gradients:
             if objective.config.weight_schedule != "constant":
                 own_metrics = own_metrics | {f"train/{objective.name}/weight": weight}
             if taken := own_metrics.keys() & (metrics.keys() | {"train/loss"}):
-                raise ValueError(f"objective {objective.name} gives {', '.join(sorted(taken))}, which exists already")
+                raise ValueError(f"objective {objective.name} gives {', '.join(sorted(taken))}, a name that is taken")
             metrics |= own_metrics
         return total, (metrics | {"train/loss": total}, statistics)
 
@@ -95,10 +95,10 @@ def gradients_of(parts: Parts, state: State, drawn: Drawn) -> Gradients:
 
 
 def accumulated_gradients_of(parts: Parts, state: State, drawn: Drawn, microbatches: int) -> Gradients:
-    """`gradients_of` as the mean over microbatches, one after another."""
+    """The mean of `gradients_of` over microbatches, which are computed one after another."""
     if microbatches == 1:
         return gradients_of(parts, state, drawn)
-    # Row r goes to microbatch r % microbatches: each device keeps an equal share of the rows it already has.
+    # Row r goes to microbatch r % microbatches, so that no row moves to another device.
     split = jax.tree.map(lambda a: a.reshape(-1, microbatches, *a.shape[1:]).swapaxes(0, 1), drawn)
     shapes = jax.eval_shape(lambda: gradients_of(parts, state, jax.tree.map(lambda a: a[0], split)))
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
@@ -111,12 +111,15 @@ def accumulated_gradients_of(parts: Parts, state: State, drawn: Drawn, microbatc
 
 
 def make_train_step(parts: Parts) -> TrainStep:
-    """The step of one configuration: (state, batch) -> (state, metrics).
+    """The train step of a configuration: train_step(state, batch) -> (state, metrics), a pure function.
 
-    batch: {image: uint8 [B, H, W, C], label: int32 [B]}, or of latents {moments: float16 [B, 2, H, W, C], label}.
-    Everything random follows from (seed, state["step"]) and is drawn for the whole batch before it is split
-    into microbatches. A step whose loss, gradients or update are not finite changes nothing but the step count and
-    state["skipped"], how many such steps there were in a row; it is logged as train/skipped.
+    batch: {"image": uint8 [B, H, W, C], "label": int32 [B]}; latents have "moments", float16 [B, 2, H, W, C], in place
+    of "image". All random numbers follow from the seed and state["step"]; they are drawn for the whole batch before it
+    is split into microbatches. A step whose loss, gradients or update are not finite changes only state["step"] and
+    state["skipped"], the number of such steps in a row, which is the metric train/skipped.
+
+        train_step = jax.jit(make_train_step(parts), donate_argnums=0)
+        state, metrics = train_step(parts.init_state(jax.random.key(0)), batch)
     """
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
@@ -136,7 +139,7 @@ def make_train_step(parts: Parts) -> TrainStep:
         def kept(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
 
-        # What follows is computed from the parameters that are kept, so that all can be written where the old lie.
+        # EMA and aux are computed from the parameters that are kept, so that their buffers can be reused.
         params = kept(optax.apply_updates(state["params"], updates), state["params"])
         decay = parts.ema_decay(step)
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema"]["default"], params["network"])

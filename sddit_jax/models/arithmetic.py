@@ -1,6 +1,7 @@
-"""The network's arithmetic for an image, counted on paper: matrix products, a multiplication and an addition each.
+"""The FLOPs of the network for one image, counted from its formulas; see `cost.flops`.
 
-What no implementation can do without: nothing that is recomputed, and no attention to masked tokens.
+Only matrix products count, a multiplication and an addition as one FLOP each, and only those that every implementation
+needs: no recomputation, and no attention to invisible tokens.
 """
 
 from sddit_jax.models.layers import FREQUENCIES
@@ -8,33 +9,31 @@ from sddit_jax.models.transformer import ModelConfig
 
 
 def embeddings(m: ModelConfig) -> float:
-    """Of patches and noise levels; all tokens are embedded, seen or not."""
+    """The embeddings of the noise level and of all patches, visible or not."""
     return 2 * (m.tokens * m.patch**2 * m.channels * m.width + (FREQUENCIES + m.width) * m.width)
 
 
 def encoder(m: ModelConfig, visible: int) -> float:
     """Embeddings, and the blocks on `visible` patch tokens and [CLS]."""
     tokens = visible + m.cls_token
-    return embeddings(m) + m.depth * _block(tokens, m.width, m.mlp_ratio, condition=m.width)
+    return embeddings(m) + m.depth * _block(m, tokens, m.width)
 
 
 def decoder(m: ModelConfig, bridged: int) -> float:
-    """Bridge, blocks and final layer; `bridged` tokens pass the bridge."""
+    """The bridge for `bridged` tokens, the blocks and the final layer."""
     outputs = m.patch**2 * m.channels * (1 + m.learn_sigma)
     if not m.decoder_depth:
-        return _projection(m.tokens, m.width, outputs, condition=m.width)
-    return (
-        _projection(bridged, m.width, m.decoder_width, condition=m.width)
-        + m.decoder_depth * _block(m.tokens, m.decoder_width, m.mlp_ratio, condition=m.width)
-        + _projection(m.tokens, m.decoder_width, outputs, condition=m.width)
-    )
+        return _final_layer(m, m.tokens, m.width, outputs)
+    bridge = _final_layer(m, bridged, m.width, m.decoder_width)
+    blocks = m.decoder_depth * _block(m, m.tokens, m.decoder_width)
+    return bridge + blocks + _final_layer(m, m.tokens, m.decoder_width, outputs)
 
 
-def _block(tokens: int, width: int, mlp_ratio: float, condition: int) -> float:
-    """Queries, keys, values and output; logits and their use; MLP; modulation."""
-    linear = 4 * width**2 + 2 * width * int(width * mlp_ratio)
-    return 2 * (tokens * linear + 2 * tokens**2 * width + condition * 6 * width)
+def _block(m: ModelConfig, tokens: int, width: int) -> float:
+    """Queries, keys, values and output; logits and their products with values; MLP; modulation."""
+    linear = 4 * width**2 + 2 * width * int(width * m.mlp_ratio)
+    return 2 * (tokens * linear + 2 * tokens**2 * width + m.width * 6 * width)
 
 
-def _projection(tokens: int, width: int, outputs: int, condition: int) -> float:
-    return 2 * (tokens * width * outputs + condition * 2 * width)
+def _final_layer(m: ModelConfig, tokens: int, width: int, outputs: int) -> float:
+    return 2 * (tokens * width * outputs + m.width * 2 * width)

@@ -1,7 +1,7 @@
 """The KL-regularised autoencoder of latent diffusion (Rombach et al. 2022, appendix G; Stable Diffusion's f8).
 
-Images and latents are NHWC. `stage_i` of encoder and decoder works at 1/2^i of the image's resolution with width
-`widths[i]`. A 1x1 convolution is a linear map of the channels, and is written as one.
+Images and latents are [B, H, W, C]. `stage_i` of encoder and decoder has 1/2^i of the image's resolution and the width
+`widths[i]`. A 1x1 convolution is a linear map of the channels, and is written as `nn.Dense`.
 """
 
 import dataclasses
@@ -16,18 +16,38 @@ from sddit_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoencoderConfig:
-    """An architecture, and how its latents are scaled for diffusion; the defaults are Stable Diffusion's.
+class LatentConfig:
+    """What the architecture of every autoencoder states. Raises ConfigError for a value that is out of range.
 
-    widths: channels from the image's resolution down; each further one halves the resolution.
-    blocks: residual blocks of an encoder's stage; a decoder's stage has one more.
-    scaling_factor, shift_factor: diffusion sees (latent - shift_factor) * scaling_factor. Carried only: what
-    `Autoencoder` gives and takes is not scaled.
+    scaling_factor, shift_factor: diffusion sees (latent - shift_factor) * scaling_factor. The autoencoders themselves
+    do not scale.
     """
 
     in_channels: int = 3
     out_channels: int = 3
     latent_channels: int = 4
+    scaling_factor: float = 1.0
+    shift_factor: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        for field in dataclasses.fields(self):
+            if field.type is int and getattr(self, field.name) < 1:
+                raise ConfigError(f"{field.name} {getattr(self, field.name)} must be at least 1")
+        if not 0 < self.scaling_factor < math.inf:
+            raise ConfigError(f"scaling_factor {self.scaling_factor} must be a finite number greater than 0")
+        if not math.isfinite(self.shift_factor):
+            raise ConfigError(f"shift_factor {self.shift_factor} must be a finite number")
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig(LatentConfig):
+    """The architecture of an `Autoencoder`. The defaults are Stable Diffusion's.
+
+    widths: channels at each resolution, from the image's down; each resolution is half of the one before.
+    blocks: residual blocks in a stage of the encoder; a stage of the decoder has one more.
+    """
+
     widths: tuple[int, ...] = (128, 256, 512, 512)
     blocks: int = 2
     norm_groups: int = 32
@@ -35,58 +55,34 @@ class AutoencoderConfig:
     quant_conv: bool = True
     post_quant_conv: bool = True
     scaling_factor: float = 0.18215
-    shift_factor: float = 0.0
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for an impossible combination."""
+        """Checks the values."""
+        super().__post_init__()
         if not self.widths:
             raise ConfigError("widths is empty; it needs a value for each resolution")
-        for key in ("in_channels", "out_channels", "latent_channels", "blocks", "norm_groups"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"{key} {getattr(self, key)} must be at least 1")
         for width in self.widths:
             if width < 1 or width % self.norm_groups:
                 raise ConfigError(f"width {width} must be a multiple of norm_groups, {self.norm_groups}")
-        check_scaling(self.scaling_factor, self.shift_factor)
-
-
-def check_scaling(scaling_factor: float, shift_factor: float) -> None:
-    """Raises ConfigError unless (latent - shift_factor) * scaling_factor can be undone."""
-    if not 0 < scaling_factor < math.inf:
-        raise ConfigError(f"scaling_factor {scaling_factor} must be a finite number greater than 0")
-    if not math.isfinite(shift_factor):
-        raise ConfigError(f"shift_factor {shift_factor} must be a finite number")
-
-
-def check_sides(image_BHWC: jax.Array, factor: int) -> None:
-    """Raises ConfigError unless the image's sides are multiples of `factor`."""
-    height, width = image_BHWC.shape[1:3]
-    if height % factor or width % factor:
-        raise ConfigError(f"an image of {height} x {width} pixels; this autoencoder needs multiples of {factor}")
-
-
-def exact(dtype: Any) -> Any:
-    """A context in which products of float32 are float32 on every device; TPUs and GPUs would round their inputs."""
-    return jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default")
 
 
 def conv(width: int, dtype: Any, name: str, **options: Any) -> nn.Conv:
-    """A 3x3 convolution that keeps the resolution, unless options say otherwise."""
+    """A 3x3 convolution that keeps the resolution. `options` of nn.Conv change that."""
     return nn.Conv(width, (3, 3), dtype=dtype, name=name, **({"padding": 1} | options))
 
 
 def upsample(x_BHWC: jax.Array) -> jax.Array:
-    """Each pixel becomes 2x2."""
+    """[B, H, W, C] -> [B, 2H, 2W, C]: each pixel becomes 2x2 equal ones."""
     return x_BHWC.repeat(2, axis=1).repeat(2, axis=2)
 
 
 def group_norm(groups: int, dtype: Any, name: str) -> nn.GroupNorm:
-    """GroupNorm with statistics in float32, the variance from centred values."""
+    """GroupNorm with float32 statistics; the variance is computed from centered values."""
     return nn.GroupNorm(groups, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(SiLU(norm(conv(SiLU(norm(x)))))), x through a linear map where the width changes."""
+    """x + conv(SiLU(norm(conv(SiLU(norm(x)))))); where the width changes, a linear map is applied to the first x."""
 
     width: int
     groups: int
@@ -123,7 +119,7 @@ class SpatialAttention(nn.Module):
 
 
 class Middle(nn.Module):
-    """A block, attention if wanted, and a block at the latent's resolution."""
+    """A residual block, attention if the config has it, and a residual block, at the latent's resolution."""
 
     config: AutoencoderConfig
     dtype: Any
@@ -155,7 +151,7 @@ class Stage(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Image -> mean and logarithm of the variance."""
+    """From an image to the mean and the logarithm of the variance of a latent."""
 
     config: AutoencoderConfig
     dtype: Any
@@ -178,7 +174,7 @@ class ImageEncoder(nn.Module):
 
 
 class ImageDecoder(nn.Module):
-    """Latent -> image."""
+    """From a latent to an image."""
 
     config: AutoencoderConfig
     dtype: Any
@@ -199,22 +195,22 @@ class ImageDecoder(nn.Module):
 
 
 class Autoencoder:
-    """The encoder and the decoder of one configuration and what is computed with them. Holds no arrays.
+    """Encoder and decoder of one architecture. Holds no arrays.
 
-    A tree of parameters is {"encoder": ..., "decoder": ...}, all float32; each half can be used without the other.
-    `dtype` is that of the products and activations: float32, which costs several bfloat16 passes on a TPU, or bfloat16.
-    Normalisation statistics and the softmax are float32 in both.
+    Parameters are {"encoder": ..., "decoder": ...}, float32; `encode` and `decode` each need one half. dtype: of
+    products and activations, float32 or bfloat16; on a TPU a product in float32 costs several in bfloat16.
+    Normalisation statistics and the softmax are always float32.
     """
 
-    def __init__(self, config: AutoencoderConfig, dtype: Any = jnp.float32) -> None:
-        self.config = config
-        self.dtype = jnp.dtype(dtype)
-        self.encoder = ImageEncoder(config, self.dtype)
-        self.decoder = ImageDecoder(config, self.dtype)
+    networks = ImageEncoder, ImageDecoder
+
+    def __init__(self, config: LatentConfig, dtype: Any = jnp.float32) -> None:
+        self.config, self.dtype = config, jnp.dtype(dtype)
+        self.encoder, self.decoder = (network(config, self.dtype) for network in self.networks)
 
     @property
     def factor(self) -> int:
-        """Pixels of the image's side for each of the latent's: 8 for Stable Diffusion."""
+        """The image's side over the latent's side: 8 for Stable Diffusion."""
         return 2 ** (len(self.config.widths) - 1)
 
     def init(self, key: jax.Array) -> dict[str, Any]:
@@ -228,24 +224,28 @@ class Autoencoder:
         }
 
     def encode(self, params: Any, image_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Images in [-1, 1] -> mean and standard deviation of the latent's Gaussian, not scaled.
+        """Images [B, H, W, in_channels] in [-1, 1] -> mean and standard deviation of the latent's Gaussian.
 
-        Both are float32 [B, H/f, W/f, latent_channels]; the logarithm of the variance is clipped to [-30, 20].
-
-        Raises:
-          ConfigError: the image's sides are not multiples of `factor`.
+        Both are float32 [B, H/f, W/f, latent_channels], where f is `factor`. The logarithm of the variance is clipped
+        to [-30, 20]. Raises ConfigError for images whose sides are not multiples of f.
         """
-        check_sides(image_BHWC, self.factor)
-        with exact(self.dtype):
-            moments_BHWC = self.encoder.apply({"params": params["encoder"]}, image_BHWC.astype(self.dtype))
-        mean_BHWC, logvar_BHWC = jnp.split(moments_BHWC.astype(jnp.float32), 2, axis=-1)
+        mean_BHWC, logvar_BHWC = jnp.split(self._encoded(params, image_BHWC), 2, axis=-1)
         return mean_BHWC, jnp.exp(0.5 * jnp.clip(logvar_BHWC, -30.0, 20.0))
 
     def decode(self, params: Any, z_BHWC: jax.Array) -> jax.Array:
-        """Latents as `encode` gives them, not scaled -> images, float32 [B, f * h, f * w, out_channels].
+        """Latents [B, h, w, latent_channels] -> images of about [-1, 1], not clipped: float32 [B, f h, f w, C]."""
+        return self._run("decoder", params, z_BHWC)
 
-        Their values are about [-1, 1], and not clipped.
-        """
-        with exact(self.dtype):
-            image_BHWC = self.decoder.apply({"params": params["decoder"]}, z_BHWC.astype(self.dtype))
-        return image_BHWC.astype(jnp.float32)
+    def _encoded(self, params: Any, image_BHWC: jax.Array) -> jax.Array:
+        height, width = image_BHWC.shape[1:3]
+        if height % self.factor or width % self.factor:
+            raise ConfigError(
+                f"an image of {height} x {width} pixels; this autoencoder needs multiples of {self.factor}"
+            )
+        return self._run("encoder", params, image_BHWC)
+
+    def _run(self, half: str, params: Any, x_BHWC: jax.Array) -> jax.Array:
+        # By default TPUs and GPUs would round the inputs of float32 products.
+        with jax.default_matmul_precision("highest" if self.dtype == jnp.float32 else "default"):
+            out_BHWC = getattr(self, half).apply({"params": params[half]}, x_BHWC.astype(self.dtype))
+        return out_BHWC.astype(jnp.float32)

@@ -1,6 +1,6 @@
-"""TAESD, a tiny autoencoder distilled from a large one (Bohan 2023, github.com/madebyollin/taesd): cheap previews.
+"""TAESD, a tiny autoencoder distilled from a large one, for cheap previews (Bohan 2023, github.com/madebyollin/taesd).
 
-Its latents approximate the large one's after scaling, so what a diffusion model gives is decoded as it is.
+Its latents approximate the scaled latents of the large one: it decodes what a diffusion model samples, unscaled.
 """
 
 import dataclasses
@@ -8,58 +8,52 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from sddit_jax.errors import ConfigError
-from sddit_jax.models.autoencoder import Autoencoder, check_scaling, check_sides, conv, exact, upsample
+from sddit_jax.models.autoencoder import Autoencoder, LatentConfig, conv, upsample
 
 
 @dataclasses.dataclass(frozen=True)
-class TinyAutoencoderConfig:
-    """An architecture, and how its latents are scaled for diffusion; the defaults are TAESD's.
+class TinyAutoencoderConfig(LatentConfig):
+    """The architecture of a `TinyAutoencoder`. The defaults are TAESD's.
 
     encoder_blocks, decoder_blocks: residual blocks at each resolution, in the order of computation.
-    scaling_factor, shift_factor: diffusion sees (latent - shift_factor) * scaling_factor. Carried only.
     """
 
-    in_channels: int = 3
-    out_channels: int = 3
-    latent_channels: int = 4
     width: int = 64
     encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
     decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
-    scaling_factor: float = 1.0
-    shift_factor: float = 0.0
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for an impossible combination."""
-        for key in ("in_channels", "out_channels", "latent_channels", "width"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"{key} {getattr(self, key)} must be at least 1")
+        """Checks the values."""
+        super().__post_init__()
         if not self.encoder_blocks or len(self.encoder_blocks) != len(self.decoder_blocks):
             raise ConfigError(
-                f"encoder_blocks {self.encoder_blocks} and decoder_blocks {self.decoder_blocks} must have a value "
-                "for each resolution, as many in one as in the other"
+                f"encoder_blocks {self.encoder_blocks} and decoder_blocks {self.decoder_blocks} must each have a value "
+                "for each resolution"
             )
-        check_scaling(self.scaling_factor, self.shift_factor)
 
 
 class TinyBlock(nn.Module):
-    """ReLU(x + three convolutions with ReLU between them)."""
+    """ReLU(x + conv(ReLU(conv(ReLU(conv(x))))))."""
 
     dtype: Any
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         """[B, H, W, C] -> [B, H, W, C]."""
-        hidden = x_BHWC
-        for i in (0, 2, 4):
-            hidden = conv(x_BHWC.shape[-1], self.dtype, f"conv_{i}")(hidden if i == 0 else nn.relu(hidden))
+        width = x_BHWC.shape[-1]
+        hidden = conv(width, self.dtype, "conv_0")(x_BHWC)
+        for name in ("conv_2", "conv_4"):
+            hidden = conv(width, self.dtype, name)(nn.relu(hidden))
         return nn.relu(x_BHWC + hidden)
 
 
 class TinyEncoder(nn.Module):
-    """Image in [0, 1] -> latent. Here and in the decoder a layer's number is its place in the published sequence."""
+    """From an image in [0, 1] to a latent.
+
+    In encoder and decoder, the number in a layer's name is its place in the published sequence of layers.
+    """
 
     config: TinyAutoencoderConfig
     dtype: Any
@@ -78,7 +72,7 @@ class TinyEncoder(nn.Module):
 
 
 class TinyDecoder(nn.Module):
-    """Latent -> image in [0, 1]."""
+    """From a latent to an image in [0, 1]."""
 
     config: TinyAutoencoderConfig
     dtype: Any
@@ -88,7 +82,7 @@ class TinyDecoder(nn.Module):
         """[B, h, w, latent_channels] -> [B, f * h, f * w, out_channels]."""
         c = self.config
         x_BHWC = nn.relu(conv(c.width, self.dtype, "layer_0")(nn.tanh(z_BHWC / 3) * 3))
-        # Place 1 is the ReLU; each upsampling has a place too.
+        # The ReLU has place 1, and each upsampling has a place.
         place = 2
         for stage, blocks in enumerate(c.decoder_blocks):
             for i in range(blocks):
@@ -101,32 +95,22 @@ class TinyDecoder(nn.Module):
 
 
 class TinyAutoencoder(Autoencoder):
-    """An `Autoencoder` with the networks of diffusers' AutoencoderTiny, which has no distribution."""
+    """An `Autoencoder` with the networks of diffusers' AutoencoderTiny."""
 
-    def __init__(self, config: TinyAutoencoderConfig, dtype: Any = jnp.float32) -> None:
-        self.config = config
-        self.dtype = jnp.dtype(dtype)
-        self.encoder = TinyEncoder(config, self.dtype)
-        self.decoder = TinyDecoder(config, self.dtype)
+    networks = TinyEncoder, TinyDecoder
 
     @property
     def factor(self) -> int:
-        """Pixels of the image's side for each of the latent's: 8 for TAESD."""
+        """The image's side over the latent's side: 8 for TAESD."""
         return 2 ** (len(self.config.encoder_blocks) - 1)
 
     def encode(self, params: Any, image_BHWC: jax.Array) -> jax.Array:
-        """Images in [-1, 1] -> latents, float32 [B, H/f, W/f, latent_channels]; there is no distribution.
+        """Images in [-1, 1] -> latents, float32 [B, H/f, W/f, latent_channels], not a distribution of them.
 
-        Raises:
-          ConfigError: the image's sides are not multiples of `factor`.
+        Raises ConfigError for images whose sides are not multiples of `factor`.
         """
-        check_sides(image_BHWC, self.factor)
-        with exact(self.dtype):
-            x_BHWC = ((image_BHWC + 1) / 2).astype(self.dtype)
-            return self.encoder.apply({"params": params["encoder"]}, x_BHWC).astype(jnp.float32)
+        return self._encoded(params, (image_BHWC + 1) / 2)
 
     def decode(self, params: Any, z_BHWC: jax.Array) -> jax.Array:
-        """Latents -> images of about [-1, 1], not clipped: float32 [B, f * h, f * w, out_channels]."""
-        with exact(self.dtype):
-            image_BHWC = self.decoder.apply({"params": params["decoder"]}, z_BHWC.astype(self.dtype))
-        return 2 * image_BHWC.astype(jnp.float32) - 1
+        """Latents -> images; see `Autoencoder.decode`."""
+        return 2 * super().decode(params, z_BHWC) - 1

@@ -1,9 +1,9 @@
-"""The network as a sampler calls it, guided or not, and the denoiser that it makes.
+"""The guided output of a network, and the denoiser made of it.
 
-Guidance w moves what the network says away from a worse answer: worse + w (network - worse). The worse answer is its
-own for the null label (classifier-free guidance, Ho & Salimans 2022), or a weaker network's for the same label
-(autoguidance, Karras et al. 2024, arXiv 2406.02507). Guidance may be confined to an interval of noise levels, outside
-of which the worse answer is not computed (Kynkaanniemi et al. 2024, arXiv 2404.07724).
+Guidance w replaces an output F by F_worse + w (F - F_worse). F_worse is the output for the null label (classifier-free
+guidance, Ho & Salimans 2022), or the output of a weaker network for the same label (autoguidance, Karras et al. 2024,
+arXiv 2406.02507). Guidance can be limited to an interval of noise levels; outside it F_worse is not computed
+(Kynkaanniemi et al. 2024, arXiv 2404.07724).
 """
 
 import dataclasses
@@ -18,14 +18,14 @@ import numpy as np
 from sddit_jax.method.diffusion import Diffusion
 from sddit_jax.models.transformer import Network
 
-# (x, scalar sigma) -> the network's output, or the denoised image
+# (x, scalar sigma) -> the network's output F, or the denoised image D
 Output = Callable[[jax.Array, jax.Array], jax.Array]
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Piecewise:
-    """One function of (x, sigma) where low < sigma <= high, and another elsewhere."""
+    """A function of (x, sigma): `inside` where low < sigma <= high, `outside` elsewhere."""
 
     inside: Output | Denoise
     outside: Output | Denoise
@@ -33,7 +33,7 @@ class Piecewise:
     high: float
 
     def at(self, sigma: float) -> Output | Denoise:
-        """The function for a noise level, which is compared in float32, as the noise levels are."""
+        """The function to call at a noise level. The comparison is in float32, the dtype of noise levels."""
         return self.inside if np.float32(self.low) < np.float32(sigma) <= np.float32(self.high) else self.outside
 
 
@@ -46,11 +46,11 @@ def make_output(
     channels: int = 0,
     guide: Output | None = None,
 ) -> Output:
-    """output(x, sigma) -> the network's guided output, [B, H, W, C] or [B, H, W, 2C] with a learnt variance.
+    """output(x, sigma) -> the network's guided output: [B, H, W, C], or [B, H, W, 2C] with a learnt variance.
 
-    It is F_worse + guidance (F - F_worse) on the first `channels` of F (0: on all of its C), and what is behind them is
-    F's. F_worse is that of `guide`, or without one that of the null label. With a guidance of 1 it is not computed at
-    all. The denoised image is linear in F, so this is guidance of the denoised image too.
+    The first `channels` channels (0: all C) are F_worse + guidance * (F - F_worse), all others are F. F_worse is the
+    output of `guide`, or without a guide the network's for the null label; with a guidance of 1 it is not computed. The
+    denoised image is linear in F, so it is guided in the same way.
     """
     null_B = jnp.full_like(label_B, network.null_label)
 
@@ -83,10 +83,7 @@ def make_guided(
     channels: int = 0,
     guide: Output | None = None,
 ) -> Output | Piecewise:
-    """The output, guided where low < sigma <= high of the interval, and elsewhere not; see `make_output`.
-
-    A high end of 0 is none.
-    """
+    """The output of `make_output`, guided only where low < sigma <= high of the interval. A high of 0 means no end."""
     unguided = make_output(network, diffusion, params, label_B, 1.0)
     if guidance == 1:
         return unguided
@@ -96,7 +93,7 @@ def make_guided(
 
 
 def make_denoise(output: Output | Piecewise, diffusion: Diffusion) -> Denoise | Piecewise:
-    """denoise(x, sigma) -> D, float32, for a scalar sigma; piecewise where the output is."""
+    """denoise(x, sigma) -> the denoised image, float32, for a scalar sigma; `Piecewise` if the output is."""
     if isinstance(output, Piecewise):
         return dataclasses.replace(
             output,

@@ -1,4 +1,4 @@
-"""The class label of image i: a function of i and, if random, of the seed."""
+"""The class labels of images to sample. The label of image i depends on i, and if random on the seed."""
 
 import numpy as np
 
@@ -6,16 +6,16 @@ from sddit_jax.errors import UserError
 
 
 def labels_of(spec: str, indices: range, num_classes: int, seed: int) -> np.ndarray:
-    """int32 [len(indices)], each a function of its index; all 0 when there are no classes.
+    """The labels of the images with the given indices: int32 [len(indices)]; all 0 if there are no classes.
 
-    spec: "balanced": i modulo the number of classes. "random": uniform, from the i-th block of a Philox generator.
-    "3,1,4": these, again and again. Raises UserError for another one, and for a label that the model does not have.
+    spec: "balanced", i modulo the number of classes; "random", uniform, from the i-th block of a Philox generator; or
+    labels such as "3,1,4", repeated. Raises UserError for any other spec, and for a label that the model does not have.
     """
     index_N = np.arange(indices.start, indices.stop)
     if spec == "balanced":
         return (index_N % max(num_classes, 1)).astype(np.int32)
     if spec == "random":
-        # A block has four words of 64 bits.
+        # A block of the generator has four words of 64 bits.
         words = np.random.Philox(key=seed).advance(indices.start).random_raw(4 * len(indices))[::4]
         return (words % np.uint64(max(num_classes, 1))).astype(np.int32)
     try:
@@ -26,7 +26,7 @@ def labels_of(spec: str, indices: range, num_classes: int, seed: int) -> np.ndar
         raise UserError(f"--labels={spec}, but the model was trained without labels")
     for label in labels:
         if not 0 <= label < num_classes:
-            raise UserError(f"--labels has {label}, but the model's classes are 0 to {num_classes - 1}")
+            raise UserError(f"--labels has {label}, but the model's labels are 0 to {num_classes - 1}")
     return np.array(labels, np.int32)[index_N % len(labels)]
 
 

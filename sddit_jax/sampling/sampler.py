@@ -1,4 +1,4 @@
-"""Images from weights: image i is a function of (seed, i, label) and the weights alone."""
+"""Sampling: image i depends only on the weights, the seed, i and its label."""
 
 import dataclasses
 from collections.abc import Callable
@@ -35,50 +35,70 @@ SOLVERS: dict[str, solvers.Solver] = {
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How samples are drawn, and the grid of samples drawn during training."""
+    """How samples are drawn, and the grid of samples that a run draws during training and at its last step."""
 
     solver: str = setting(
         "heun",
         "I",
-        "heun, euler, stochastic (EDM) or dpmpp_2m (DPM-Solver++); for a ddpm model also ddim, or ddpm (random, with "
-        "the learnt variance)",
+        "heun, euler, stochastic (of EDM) or dpmpp_2m (DPM-Solver++); for a network trained with diffusion ddpm also "
+        "ddim, or ddpm, which is random and uses a learnt variance",
         choices=tuple(SOLVERS),
     )
     steps: int = setting(
-        40, "I", "noise levels (network passes of heun and stochastic: 2 * steps - 1, of others: steps)", least=1
+        40,
+        "I",
+        "noise levels of the solver; heun and stochastic call the network 2 * steps - 1 times, others steps times",
+        least=1,
     )
-    sigma_min: float = setting(0.0, "C", "lowest noise level but 0; 0: the diffusion's", least=0)
-    sigma_max: float = setting(0.0, "C", "noise level at the start; 0: the diffusion's", least=0)
-    rho: float = setting(7.0, "I", "exponent of the noise schedule", above=0)
-    s_churn: float = setting(40.0, "I", "of stochastic: noise added, over all steps (EDM's for ImageNet)", least=0)
-    s_min: float = setting(0.05, "I", "of stochastic: lowest noise level to add noise at", least=0)
-    s_max: float = setting(50.0, "I", "of stochastic: highest noise level to add noise at", least=0)
-    s_noise: float = setting(1.003, "I", "of stochastic: standard deviation of that noise over the exact one", least=0)
-    guidance: float = setting(1.0, "C", "guidance, classifier-free or by a weaker network; 1: none", least=0)
+    sigma_min: float = setting(0.0, "C", "lowest noise level above 0; 0: that of the diffusion", least=0)
+    sigma_max: float = setting(0.0, "C", "noise level at which sampling starts; 0: that of the diffusion", least=0)
+    rho: float = setting(
+        7.0,
+        "I",
+        "exponent that spaces the noise levels (EDM, Equation 5); larger: more low ones; not for ddim and ddpm",
+        above=0,
+    )
+    s_churn: float = setting(
+        40.0, "I", "for stochastic: amount of noise added over all steps; 0: none; 40 is EDM's for ImageNet", least=0
+    )
+    s_min: float = setting(0.05, "I", "for stochastic: lowest noise level at which noise is added", least=0)
+    s_max: float = setting(50.0, "I", "for stochastic: highest noise level at which noise is added", least=0)
+    s_noise: float = setting(
+        1.003, "I", "for stochastic: standard deviation of the added noise, as a multiple of the exact one", least=0
+    )
+    guidance: float = setting(
+        1.0,
+        "C",
+        "strength w of guidance, worse + w * (network - worse); worse is the answer for the null label "
+        "(classifier-free guidance), or that of a weaker network (sample --guide); 1: none",
+        least=0,
+    )
     guidance_interval: tuple[float, float] = setting(
         (0.0, 0.0),
         "C",
-        "guide only where low < noise level <= high, at half the cost elsewhere; high 0: no end",
+        "guide only above the first noise level and up to the second, at half the cost elsewhere; second 0: no end",
         least=0,
     )
-    guidance_channels: int = setting(0, "C", "guide only the first channels (DiT's own code: 3); 0: all", least=0)
-    every: int = setting(5000, "C", "steps between sample grids; 0: none", least=0)
+    guidance_channels: int = setting(
+        0, "C", "how many channels are guided, from the first on (DiT's own code: 3); 0: all", least=0
+    )
+    every: int = setting(5000, "C", "steps of training between grids of samples; 0: only at the last step", least=0)
     grid: int = setting(64, "C", "images in a grid", least=1)
 
-    def check(self) -> None:
-        """Raises ConfigError for intervals that are empty."""
-        guided_from, guided_to = self.guidance_interval
-        if 0 < guided_to <= guided_from:
+    def check(self, prefix: str) -> None:
+        """Raises ConfigError for an interval that is empty."""
+        low, high = self.guidance_interval
+        if 0 < high <= low:
             raise ConfigError(
-                f"sampling.guidance_interval is {self.guidance_interval}, but its high end must be above its low one, "
+                f"{prefix}guidance_interval is {self.guidance_interval}, but its high end must be above its low end, "
                 "or 0 for none"
             )
         if self.solver == "stochastic" and self.s_max < self.s_min:
-            raise ConfigError(f"sampling.s_max {self.s_max} is below sampling.s_min {self.s_min}")
+            raise ConfigError(f"{prefix}s_max {self.s_max} is below {prefix}s_min {self.s_min}")
 
 
 def schedule(diffusion: Diffusion, sampling: SamplingConfig) -> np.ndarray:
-    """The noise levels of the steps and then 0: float32 [steps + 1]."""
+    """The noise levels that the solver goes through, falling to 0: float32 [steps + 1]."""
     if SOLVERS[sampling.solver].own_levels:
         return solvers.respaced_levels(sampling.steps, diffusion)
     lowest, highest = sampling.sigma_min or diffusion.sigma_min, sampling.sigma_max or diffusion.sigma_max
@@ -93,23 +113,24 @@ def make_sample(
     guide: Network | None = None,
     levels: int | None = None,
 ) -> Sample:
-    """A pure sample(params, seed, index_B, label_B) -> images [B, H, W, C] as the codec stores them.
+    """A pure function sample(params, seed, index_B, label_B) -> images [B, H, W, C] as the codec stores them.
 
-    seed, indices and labels are integers.
+    seed, index_B and label_B are integers. guide: a weaker network that guides in place of the null label; params are
+    then a pair, the network's and the guide's. levels: stop after so many noise levels; the images are then the
+    denoised images at the last of them, since every solver ends on the denoised image.
 
-    With a `guide`, which takes the place of the null label, params are a pair: the network's and the guide's. Every
-    solver ends on the denoised image at the last noise level. So with `levels`, the first of the noise levels that are
-    gone through, this is what the solver sees at the last of them.
+        sample = jax.jit(make_sample(parts.network, parts.diffusion, parts.codec, config.sampling))
+        images_BHWC = sample(params, 0, jnp.arange(4), jnp.array([0, 1, 2, 3]))
     """
     m, solver = network.model, SOLVERS[sampling.solver]
     shape = (m.image_size, m.image_size, m.channels)
     sigmas = schedule(diffusion, sampling)
-    # How far a level is raised depends on the number of all steps.
+    # Before the levels are cut: how far a level is raised depends on the number of all steps.
     churn = sampling.s_churn, sampling.s_min, sampling.s_max
     raised = solvers.churned_levels(sigmas, *churn, diffusion.highest)[:levels]
     if levels is not None:
         sigmas = np.append(sigmas[:levels], np.float32(0))
-    # A variance-preserving diffusion starts from unit variance in all, the image included.
+    # A variance-preserving diffusion starts from an x_t of unit variance, which includes the image's.
     noise_scale = (1 + 1 / sigmas[0] ** 2) ** 0.5 if solver.own_levels else 1.0
 
     def sample(params: Any, seed: jax.Array, index_B: jax.Array, label_B: jax.Array) -> jax.Array:
@@ -117,7 +138,7 @@ def make_sample(
             return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(index_B)
 
         def step_noise(i: jax.Array) -> jax.Array:
-            # No image has this index, so no image's first noise is a step's.
+            # No image has this index, so no step's noise is the first noise of an image.
             return normal(jax.random.fold_in(jax.random.fold_in(key, 2**32 - 1), i))
 
         key = jax.random.key(seed)

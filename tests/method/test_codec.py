@@ -68,5 +68,5 @@ def test_data_of_another_codec_are_refused_and_what_is_not_known_is_not_compared
     check_codec("the network", learnt, "the data", learnt | {"scale": [0.3]})
     check_codec("the network", learnt, "the data", learnt | {key: None})
     check_codec("the network", {k: v for k, v in learnt.items() if k != key}, "the data", learnt)
-    with pytest.raises(DataError, match=f"the network learnt data of codec {key} .*, but the data has other"):
+    with pytest.raises(DataError, match=f"the network was trained with codec {key} .*, but the data has other"):
         check_codec("the network", learnt, "the data", learnt | {key: "other"})

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import denoise
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -56,7 +57,7 @@ def test_denoise_feeds_the_network_and_gives_float32():
         return jnp.full_like(x, 0.25, jnp.bfloat16)
 
     x = jnp.array([1.0, -3.0]).reshape(2, 1, 1, 1)
-    out = diffusion.denoise(network, x, jnp.array([0.5, 2.0]))
+    out = denoise(diffusion, network, x, jnp.array([0.5, 2.0]))
     assert out.dtype == jnp.float32
     np.testing.assert_allclose(seen["x"].ravel(), [1.4142136, -1.4552138], rtol=1e-6)
     np.testing.assert_allclose(seen["c_noise"], [-0.1732868, 0.1732868], rtol=1e-6)
@@ -139,7 +140,7 @@ class TestDDPM:
     def test_the_network_predicts_the_noise(self):
         x0, eps = self.exact_images(0), self.exact_images(1)
         x = DDPM().noised(x0, eps, self.EXACT_SIGMAS)
-        np.testing.assert_array_equal(DDPM().denoise(lambda x, t: eps, x, self.EXACT_SIGMAS), x0)
+        np.testing.assert_array_equal(denoise(DDPM(), lambda x, t: eps, x, self.EXACT_SIGMAS), x0)
         with_variance = jnp.concatenate([eps, eps + 7], axis=-1)
         np.testing.assert_array_equal(DDPM().denoised(x, with_variance, self.EXACT_SIGMAS), x0)
 

@@ -95,5 +95,5 @@ def test_resize_reads_pixel_i_at_i_times_the_ratio(size):
     ],
 )
 def test_other_images_are_refused(images):
-    with pytest.raises(DataError, match=r"images of .*Inception takes uint8 \[B, H, W, 3\]"):
+    with pytest.raises(DataError, match=r"images are .*Inception takes uint8 \[B, H, W, 3\]"):
         features({}, images)

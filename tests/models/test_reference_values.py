@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from helpers import make_config
+from helpers import denoise, make_config
 from twin import make_twin, to_numpy, to_torch
 
 from sddit_jax.config.parts import make_network
@@ -26,7 +26,10 @@ def wave(shape, a, b, s):
 def recipe(network, layout):
     """Our tree with the recipe's weights."""
     entries = layout.entries(network)
-    arrays = {entry.ours: entry.from_file(wave(entry.shape, 0.37, j, 0.02)) for j, entry in enumerate(entries.values())}
+    arrays = {}
+    for j, entry in enumerate(entries.values()):
+        array = wave(entry.shape, 0.37, j, 0.02)
+        arrays[entry.ours] = array.T if entry.transposed else array
     return from_state_dict(arrays, network)
 
 
@@ -55,7 +58,7 @@ def test_maskdit_s_2(x_BHWC):
 
     @jax.jit
     def denoised(params):
-        return EDM().denoise(lambda x, c_noise: network(params, x, c_noise, label), x_BHWC, sigma)
+        return denoise(EDM(), lambda x, c_noise: network(params, x, c_noise, label), x_BHWC, sigma)
 
     first = (-0.1153954, 0.1584244, 0.0744439, 0.2613828)
     assert_row(denoised(params), -67.46686, 2243.28887, first, -0.2277997)

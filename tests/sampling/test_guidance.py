@@ -276,5 +276,5 @@ def test_what_cannot_guide_is_said(key, value):
         )
     said = {"diffusion.name": "diffusion ('DDPM', None)", "diffusion.edm.sigma_data": "diffusion ('EDM', 0.7)"}
     own = "('EDM', 0.5)" if key in said else operator.attrgetter(key)(config)
-    expected = f"the guide has {said.get(key, f'{key} {value}')}, but the network that it is to guide {own}"
+    expected = f"the guide has {said.get(key, f'{key} {value}')}, but the network to guide has {own}"
     assert expected in str(error.value)

@@ -1,4 +1,4 @@
-"""The table of objectives, and those that a configuration is made of."""
+"""The table of objectives, and the objectives of a configuration."""
 
 import dataclasses
 
@@ -20,17 +20,29 @@ ObjectivesConfig = dataclasses.make_dataclass(
     "ObjectivesConfig",
     [
         *((kind.name, kind.Config, kind.Config()) for kind in OBJECTIVES),
-        ("label_dropout", float, setting(0.1, "I", "share of labels replaced by the null label", least=0, most=1)),
+        (
+            "label_dropout",
+            float,
+            setting(
+                0.1,
+                "I",
+                "fraction of labels replaced by the null label, for classifier-free guidance; 0: none",
+                least=0,
+                most=1,
+            ),
+        ),
     ],
     frozen=True,
-    namespace={"__doc__": "The terms of the loss. One whose weight is always 0 is left out, with all that it needs."},
+    namespace={
+        "__doc__": "The terms of the loss, each with a section. A term whose weight is 0 at every step is not computed."
+    },
 )
 
 
 def make_objectives(config: ObjectivesConfig, context: Context) -> tuple[Objective, ...]:
-    """The objectives whose weight is not always 0, in the order of the table.
+    """The objectives whose weight is above 0 at some step, in the order of the table.
 
-    Raises ConfigError if one needs the tokens of a block that the encoder does not have.
+    Raises ConfigError if an objective needs the tokens of a block that the encoder does not have.
     """
     sections = ((kind, getattr(config, kind.name)) for kind in OBJECTIVES)
     objectives = tuple(kind(section, context) for kind, section in sections if section.active)

@@ -1,4 +1,4 @@
-"""The generative objective."""
+"""The generative objective: denoising."""
 
 import dataclasses
 from typing import Any
@@ -13,23 +13,25 @@ from sddit_jax.settings import setting
 
 @dataclasses.dataclass(frozen=True)
 class DenoisingConfig(ObjectiveConfig):
-    """EDM's weighted denoising loss."""
+    """The denoising loss: the squared error of the denoised image, which the diffusion weights by noise level."""
 
-    weight: float = setting(1.0, "I", "weight in the total loss", least=0)
+    weight: float = setting(1.0, "I", "weight in the loss; if it is 0 at every step, the term is not computed", least=0)
     scope: str = setting(
-        "all", "I", "average over 'all' patches, or the 'visible' ones (MaskDiT)", choices=("all", "visible")
+        "all",
+        "I",
+        "patches that the error is averaged over: 'all', or the 'visible' ones (MaskDiT)",
+        choices=("all", "visible"),
     )
 
 
 class Denoising(Objective):
-    """EDM's weighted error of the denoised image, averaged over all patches or over the visible ones."""
+    """EDM's weighted squared error of the denoised image."""
 
     name = "denoising"
     Config = DenoisingConfig
 
     def loss(self, params: Any, state: Any, ema: Any, views: Views, step: jax.Array) -> tuple[jax.Array, Metrics, Any]:
-        """The mean over patches, then over images."""
-        del params, state, ema, step
+        """The mean over images and over all patches, or with scope "visible" over the visible patches."""
         error = denoising_error(views.denoised_BHWC, views.x0_BHWC, self.context.diffusion.weight(views.sigma_B))
         if self.config.scope == "visible" and views.mask is not None:
             error_BN = patch_mean(error, self.network.model.patch)

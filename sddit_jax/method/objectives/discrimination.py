@@ -1,9 +1,9 @@
-"""The discriminative objective: the student tells its tokens apart as the EMA teacher tells its own.
+"""The discriminative objective: the student predicts how the EMA teacher assigns its tokens to prototypes.
 
-Student and teacher see two points of one PF-ODE trajectory: the student x_S = x0 + sigma_S * eps without its
-invisible tokens, the teacher x_T = x0 + sigma_min * eps whole. Each token of the teacher is softly assigned to one of
-K prototypes, and the student has to predict the assignment of the same position (SD-DiT, Zhu et al. 2024; iBOT, Zhou
-et al. 2022).
+Student and teacher see two points of one trajectory of the probability-flow ODE: the student the visible tokens of
+x_S = x0 + sigma_S * eps, the teacher all tokens of x_T = x0 + sigma_min * eps. The teacher assigns each of its tokens
+softly to K prototypes, and the student's token at the same position predicts the assignment (SD-DiT, Zhu et al. 2024;
+iBOT, Zhou et al. 2022).
 """
 
 import dataclasses
@@ -28,38 +28,68 @@ VARIANCE_FLOOR = 1e-8
 
 @dataclasses.dataclass(frozen=True)
 class DiscriminationConfig(ObjectiveConfig):
-    """Self-distillation between the student's and the teacher's tokens."""
+    """The discrimination: the student predicts which prototypes the teacher assigns its visible tokens and [CLS] to."""
 
-    weight: float = setting(0.1, "C", "weight in the total loss; always 0 trains without teacher and head", least=0)
-    prototypes: int = setting(8192, "I", "number of prototypes K", least=2)
-    head_width: int = setting(2048, "I", "hidden width of the projection head", least=1)
-    bottleneck: int = setting(256, "I", "width of the head's normalised output", least=1)
-    student_temperature: float = setting(0.1, "I", "temperature of the student's softmax", above=0)
-    teacher_temperature: tuple[float, float] = setting(
-        (0.04, 0.07), "I", "temperature of the teacher's softmax: first and last", above=0
+    weight: float = setting(
+        0.1, "C", "weight in the loss; if it is 0 at every step, there is no teacher and no head", least=0
     )
-    teacher_temperature_warmup: float = setting(0.3, "I", "share of the run in which it rises", least=0, most=1)
+    prototypes: int = setting(
+        8192, "I", "number of prototypes, K, to which student and teacher assign each token by a softmax", least=2
+    )
+    head_width: int = setting(
+        2048, "I", "hidden width of the projection head, a three-layer MLP on each token", least=1
+    )
+    bottleneck: int = setting(
+        256, "I", "width of the projection head's output, a vector of norm 1 that is compared with prototypes", least=1
+    )
+    student_temperature: float = setting(
+        0.1, "I", "temperature of the student's softmax: logits, which are in [-1, 1], are divided by it", above=0
+    )
+    teacher_temperature: tuple[float, float] = setting(
+        (0.04, 0.07),
+        "I",
+        "temperature of the teacher's softmax, first and last; a lower one gives sharper assignments",
+        above=0,
+    )
+    teacher_temperature_warmup: float = setting(
+        0.3, "I", "fraction of the run in which teacher_temperature goes from first to last, linearly", least=0, most=1
+    )
     centering: str = setting(
         "mean",
         "S",
-        "running mean of the logits: one 'mean' (DINO), or one per 'condition' (position, label)",
+        "running mean that is subtracted from the teacher's logits: 'mean', one for patches and one for [CLS] "
+        "(DINO), or 'condition', one for each position of a patch and one for each label of a [CLS]",
         choices=("mean", "condition"),
     )
     standardise: bool = setting(
-        False, "C", "teacher temperatures in units of the running standard deviation of the centered logits"
+        False, "C", "whether teacher_temperature is in running standard deviations of the centered logits"
     )
-    center_momentum: float = setting(0.9, "I", "momentum of the running centers", least=0, most=1)
-    teacher: str = setting("own", "C", "'own' EMA law, or 'ema': that of the sampling EMA", choices=("own", "ema"))
+    center_momentum: float = setting(
+        0.9, "I", "fraction of the running means, and of the running variance, that a step keeps", least=0, most=1
+    )
+    teacher: str = setting(
+        "own",
+        "C",
+        "weights of the teacher: 'own', an EMA of encoder and head with teacher_momentum; 'ema', the encoder of the "
+        "sampling EMA, and an EMA of the head with its decay",
+        choices=("own", "ema"),
+    )
     teacher_momentum: tuple[float, float] = setting(
-        (0.996, 1.0), "C", "own law: momentum, first and last, by cosine over the run", least=0, most=1
+        (0.996, 1.0),
+        "C",
+        "for teacher 'own': fraction of its weights that a step keeps, first and last, by a cosine over the run",
+        least=0,
+        most=1,
     )
-    chunk: int = setting(16, "C", "token positions whose prototype logits exist at one time", least=1)
+    chunk: int = setting(
+        16, "C", "token positions whose logits are in memory at one time; fewer take less device memory", least=1
+    )
 
 
 class Head(nn.Module):
-    """The projection head: LayerNorm, a three-layer GELU MLP, and K prototypes of unit norm (DINO, iBOT).
+    """The projection head of DINO and iBOT: a three-layer GELU MLP and K prototypes of unit norm.
 
-    The residual stream that it reads has no norm of its own, hence the LayerNorm.
+    A LayerNorm comes first, since the encoder's blocks end without one.
     """
 
     width: int
@@ -69,14 +99,11 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Tokens [..., D] -> unit vectors [..., E] and prototypes [K, E], float32; logits are their products."""
-
-        def dense(width: int, name: str) -> nn.Dense:
-            return nn.Dense(width, dtype=self.dtype, kernel_init=nn.initializers.truncated_normal(0.02), name=name)
-
-        hidden = nn.gelu(dense(self.width, "mlp_0")(layer_norm(tokens)), approximate=False)
-        hidden = nn.gelu(dense(self.width, "mlp_1")(hidden), approximate=False)
-        out = dense(self.bottleneck, "mlp_2")(hidden)
+        """Tokens [..., D] -> unit vectors [..., E] and prototypes [K, E], float32. Their products are the logits."""
+        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=nn.initializers.truncated_normal(0.02))
+        hidden = nn.gelu(dense(self.width, name="mlp_0")(layer_norm(tokens)), approximate=False)
+        hidden = nn.gelu(dense(self.width, name="mlp_1")(hidden), approximate=False)
+        out = dense(self.bottleneck, name="mlp_2")(hidden)
         bound = self.bottleneck**-0.5
         prototypes_KE = self.param(
             "prototypes",
@@ -87,18 +114,22 @@ class Head(nn.Module):
 
 
 def unit(x: jax.Array) -> jax.Array:
-    """x over its norm on the last axis, at least 1e-12, with a finite gradient at 0."""
+    """x divided by its norm on the last axis. The norm is at least 1e-12, so that the gradient at 0 is finite."""
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(axis=-1, keepdims=True), 1e-24))
 
 
 class Discrimination(Objective):
-    """L_D = cross-entropy of the visible tokens + cross-entropy of [CLS].
+    """L_D = cross-entropy of the visible patch tokens + cross-entropy of [CLS].
 
-    It owns the head. Its state: `teacher`, the EMA of encoder and head, or of the head alone where the sampling EMA is
-    the teacher's encoder; `center`, for patches and for [CLS] a table [cells, K] of running means of the raw logits;
-    `variance`, the running mean square of the centered logits. With `centering` "mean" there is one cell; with
-    "condition" each position has its own for patches, and each label (the null label too) for [CLS]. What position and
-    label alone decide is then no information: the assignment has to come from the image.
+    Its parameters are the head. Its state has
+
+      teacher: the EMA of encoder and head; of the head alone if the encoder of the sampling EMA is the teacher's;
+      center: for patches and for [CLS] a table [cells, K] of running means of the teacher's raw logits;
+      variance: for patches and for [CLS] the running mean square of the centered logits.
+
+    With `centering` "mean" a table has one cell. With "condition" it has a cell for each position (patches), or for
+    each label and the null label ([CLS]). Position and label then tell nothing about the assignment: the student has to
+    read it from the image. docs/discrimination.md compares the two.
     """
 
     name = "discrimination"
@@ -106,17 +137,17 @@ class Discrimination(Objective):
 
     @functools.cached_property
     def head(self) -> Head:
-        """The projection head, for student and teacher."""
+        """The projection head of student and teacher."""
         c = self.config
         return Head(c.head_width, c.bottleneck, c.prototypes, jnp.dtype(self.network.model.dtype))
 
     def init_params(self, key: jax.Array) -> Any:
-        """A fresh head."""
+        """The parameters of a fresh head."""
         m = self.network.model
         return self.head.init(key, jnp.zeros((1, m.tokens, m.width), m.dtype))["params"]
 
     def init_state(self, params: Any) -> dict[str, Any]:
-        """The teacher is the student; centers are 0; variances those of products of random unit vectors."""
+        """The teacher is a copy of the student, centers are 0, variances those of products of random unit vectors."""
         c, model = self.config, self.network.model
         cells = {"patch": model.tokens}
         if model.cls_token:
@@ -130,7 +161,7 @@ class Discrimination(Objective):
         }
 
     def loss(self, params: Any, state: Any, ema: Any, views: Views, step: jax.Array) -> tuple[jax.Array, Metrics, Any]:
-        """The sum of the terms. Gradients reach the student's encoder and head, and nothing of the teacher."""
+        """The sum of the two terms. Its gradient reaches the student's encoder and the head, not the teacher."""
         c = self.config
         teacher = jax.lax.stop_gradient(self.teacher(state, ema))
         student_vectors, student_prototypes_KE = self._project(params[self.name], views.encoded)
@@ -164,7 +195,7 @@ class Discrimination(Objective):
         return total, metrics, statistics
 
     def update(self, state: Any, statistics: Any, params: Any, step: jax.Array) -> tuple[dict[str, Any], Metrics]:
-        """One step of the running means, and of the teacher towards the student."""
+        """One step of the running means, and one step of the teacher towards the student."""
         c, m = self.config, self.config.center_momentum
         new, metrics = {"center": {}, "variance": {}}, {}
         for kind, s in statistics.items():
@@ -187,18 +218,18 @@ class Discrimination(Objective):
         return new, metrics
 
     def teacher(self, state: Any, ema: Any) -> dict[str, Any]:
-        """The teacher's parameters: {"encoder", "head"}."""
+        """The teacher's parameters: {"encoder": ..., "head": ...}. ema: the sampling EMA of the network."""
         return {"encoder": ema["encoder"], **state["teacher"]}
 
     def _taught(self, params: Any) -> dict[str, Any]:
-        """The student's parameters of which the state keeps an average."""
+        """The student's parameters that the teacher's EMA follows."""
         head = {"head": params[self.name]}
         return {"encoder": params["network"]["encoder"], **head} if self.config.teacher == "own" else head
 
     def flops(self, visible: int) -> dict[str, float]:
-        """Of the head and the prototypes, and the teacher's pass.
+        """FLOPs of head, prototypes and teacher.
 
-        Student: visible tokens and [CLS]. The teacher's head sees all, and its prototypes what the student sees.
+        The student's head and the prototypes see the visible tokens and [CLS]; the teacher's head sees all tokens.
         """
         c, m = self.config, self.network.model
         head = 2 * (m.width * c.head_width + c.head_width**2 + c.head_width * c.bottleneck)
@@ -212,40 +243,36 @@ class Discrimination(Objective):
     def diagnose(
         self, state: Any, ema: Any, x0_BHWC: jax.Array, eps_BHWC: jax.Array, label_B: jax.Array, step: jax.Array
     ) -> Metrics:
-        """What the teacher's assignments of these images are worth, with their true labels.
+        """teacher/{patch,cls}/information: how much the teacher's assignments tell about images, in nats.
 
-        teacher/{patch,cls}/information: what they tell of the image beyond position and label, in nats (see
-        `assignment_information`); NaN if no label comes twice.
+        See `assignment_information`. label_B: the true labels of the images, int32.
         """
         label_B = jnp.minimum(label_B, self.network.null_label)
         teacher = self.teacher(state, ema)
         vectors, prototypes_KE = self._project(teacher["head"], self._encode(teacher, x0_BHWC, eps_BHWC, label_B))
-        metrics = {}
-        for kind, cell_BN in self._cells(label_B).items():
+
+        def information(kind: str, cell_BN: jax.Array) -> jax.Array:
             center_MK, temperature = state["center"][kind], self._temperature(state, kind, step)
 
-            def at_position(
-                xs: tuple[jax.Array, jax.Array],
-                center_MK: jax.Array = center_MK,
-                temperature: jax.Array = temperature,
-            ) -> jax.Array:
+            def at_position(xs: tuple[jax.Array, jax.Array]) -> jax.Array:
                 vectors_BE, cell_B = xs
                 logits_BK = jnp.matmul(vectors_BE, prototypes_KE.T, precision=HIGHEST) - center_MK[cell_B]
                 return assignment_information(jax.nn.softmax(logits_BK / temperature), label_B)
 
-            by_position = jax.lax.map(at_position, (vectors[kind].swapaxes(0, 1), cell_BN.T))
-            metrics[f"teacher/{kind}/information"] = by_position.mean()
-        return metrics
+            return jax.lax.map(at_position, (vectors[kind].swapaxes(0, 1), cell_BN.T)).mean()
+
+        cells = self._cells(label_B)
+        return {f"teacher/{kind}/information": information(kind, cell_BN) for kind, cell_BN in cells.items()}
 
     def _encode(self, teacher: Any, x0_BHWC: jax.Array, eps_BHWC: jax.Array, label_B: jax.Array) -> Encoded:
-        """What the teacher sees, all tokens at the lowest noise level."""
+        """The teacher's encoder on all tokens at the lowest noise level."""
         diffusion = self.context.diffusion
         sigma_B = jnp.full(x0_BHWC.shape[0], diffusion.sigma_min, jnp.float32)
         noised_BHWC = diffusion.noised(x0_BHWC, eps_BHWC, sigma_B)
         return self.network.encode(teacher, *diffusion.network_input(noised_BHWC, sigma_B), label_B)
 
     def _project(self, params: Any, encoded: Encoded) -> tuple[dict[str, jax.Array], jax.Array]:
-        """One pass of the head: unit vectors of each kind of token, [B, N, E] and [B, 1, E], and prototypes [K, E]."""
+        """The head in one pass: unit vectors of patches [B, N, E] and [CLS] [B, 1, E], and prototypes [K, E]."""
         tokens, cls_BD = encoded.tokens_BVD, encoded.cls_BD
         if cls_BD is not None:
             tokens = jnp.concatenate([cls_BD[:, None], tokens], axis=1)
@@ -258,13 +285,12 @@ class Discrimination(Objective):
         return {"patch": patch_BVE, "cls": cls_B1E}, prototypes_KE
 
     def _cells(self, label_B: jax.Array) -> dict[str, jax.Array]:
-        """For each kind of token, the row of its center's table: int32 [B, N] and [B, 1]."""
-        tokens, by_condition = self.network.model.tokens, self.config.centering == "condition"
-        position_BN = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (label_B.shape[0], tokens))
-        cells = {"patch": position_BN}
+        """The row of each token in its table of centers: int32, [B, N] for patches and [B, 1] for [CLS]."""
+        tokens = self.network.model.tokens
+        cells = {"patch": jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (label_B.shape[0], tokens))}
         if self.network.model.cls_token:
             cells["cls"] = label_B[:, None]
-        return cells if by_condition else jax.tree.map(jnp.zeros_like, cells)
+        return cells if self.config.centering == "condition" else jax.tree.map(jnp.zeros_like, cells)
 
     def _temperature(self, state: Any, kind: str, step: jax.Array) -> jax.Array:
         c = self.config
@@ -274,10 +300,10 @@ class Discrimination(Objective):
 
 
 def _mean_by_cell(vectors_BNE: jax.Array, cell_BN: jax.Array, cells: int) -> tuple[jax.Array, jax.Array]:
-    """Sums of the vectors [M, E] and counts [M] of each cell, both divided by B, so that parts of a batch average.
+    """Sum of the vectors [M, E] and number of vectors [M] of each cell, both divided by B.
 
-    Cells are one for all, one for each position, or labels. Products and means, not scatter-adds, whose order is not
-    fixed on every device.
+    Divided by B, the mean over microbatches is that of the batch. A cell is all tokens, a position, or a label. Written
+    as products and means, since the order of scatter-adds is not fixed on every device.
     """
     if cells == 1:
         return vectors_BNE.mean(axis=(0, 1))[None], jnp.ones(1)

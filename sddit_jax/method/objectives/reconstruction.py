@@ -1,4 +1,4 @@
-"""MaskDiT's auxiliary objective."""
+"""MaskDiT's auxiliary objective (Zheng et al. 2023): the reconstruction of the invisible patches."""
 
 import dataclasses
 from typing import Any
@@ -14,20 +14,24 @@ from sddit_jax.settings import setting
 
 @dataclasses.dataclass(frozen=True)
 class ReconstructionConfig(ObjectiveConfig):
-    """MaskDiT's auxiliary loss: the noisy input of the invisible patches, normalised per patch."""
+    """MaskDiT's auxiliary loss, at invisible patches.
 
-    weight: float = setting(0.0, "I", "weight in the total loss (MaskDiT: 0.1)", least=0)
+    It is the squared error of the denoised image against the noisy image, normalised per patch.
+    """
+
+    weight: float = setting(
+        0.0, "I", "weight in the loss (MaskDiT: 0.1); if it is 0 at every step, the term is not computed", least=0
+    )
 
 
 class Reconstruction(Objective):
-    """MaskDiT's auxiliary loss: the denoised image at the invisible patches against the noisy input there."""
+    """Squared error of the denoised image to the noisy input at the invisible patches, normalised per patch."""
 
     name = "reconstruction"
     Config = ReconstructionConfig
 
     def loss(self, params: Any, state: Any, ema: Any, views: Views, step: jax.Array) -> tuple[jax.Array, Metrics, Any]:
-        """The mean over invisible patches, then over images."""
-        del params, state, ema, step
+        """The mean over invisible patches and images."""
         patch, hidden = self.network.model.patch, views.mask.hidden_BM
         prediction = take(patchify(views.denoised_BHWC, patch), hidden)
         loss = reconstruction_error(prediction, take(patchify(views.noised_BHWC, patch), hidden)).mean()
