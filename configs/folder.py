@@ -28,6 +28,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
         config.model.image_size = 64
         config.model.channels = 3
         config.model.dtype = "bfloat16"
+        config.model.remat = "dots"
         config.codec.scale = (1.0,)
 
         config.update_from_flattened_dict(CONDITION_CENTERING)
