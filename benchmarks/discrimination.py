@@ -32,7 +32,7 @@ VARIANTS = {
     "condition": IBOT | {"centering": "condition"},
     "condition_sharp": IBOT | {"centering": "condition", "teacher_temperature": (0.02, 0.02)},
     "condition_standardise": IBOT | RELATIVE | {"centering": "condition"},
-    "default": {},
+    "preset": {},
 }
 COLUMNS = {
     "patch I": "eval/patch/information",

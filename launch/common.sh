@@ -1,13 +1,13 @@
-# What the scripts of this folder share. Sourced, not run.
+# Functions that the scripts of this folder share. Source this file; do not run it.
 # shellcheck shell=bash
 
-# A mistake of the user: one line, exit code 2.
+# Ends the script with one line and exit code 2, for a mistake of the user.
 fail() {
   echo "error: $*" >&2
   exit 2
 }
 
-# The arguments as one line that a shell reads as the same arguments.
+# Prints the arguments on one line, quoted so that a shell reads the same arguments.
 quote() {
   local word separator="" mark="'"
   for word in "$@"; do
@@ -19,7 +19,7 @@ quote() {
   done
 }
 
-# Runs a command; with dry_run=1 prints it instead.
+# Runs a command; with dry_run=1 only prints it.
 run() {
   if [[ ${dry_run:-0} == 1 ]]; then
     quote "$@"
@@ -29,7 +29,7 @@ run() {
   fi
 }
 
-# Prints the run's folder, --workdir=FOLDER among main's arguments, and fails for arguments that main cannot run with.
+# Prints FOLDER of --workdir=FOLDER among the arguments of sddit_jax.main. Fails if they lack a config or a workdir.
 workdir_of() {
   local word workdir="" config=""
   for word in "$@"; do
@@ -44,7 +44,7 @@ workdir_of() {
   echo "${workdir/#\~\//$HOME/}"
 }
 
-# Prints the newest step that has a checkpoint in a run's folder; -1 if there is none.
+# Prints the newest step that has a checkpoint in the workdir $1; -1 if there is none.
 newest_step() {
   local path step newest=-1
   for path in "$1"/checkpoints/*/; do
@@ -56,8 +56,9 @@ newest_step() {
   echo "$newest"
 }
 
-# After a run that ended without a final exit code: gave_up WORKDIR RETRIES sets `step`, the newest checkpoint's, `best`,
-# the highest so far, and `failures`, how many runs in a row have not raised it. True for more than RETRIES.
+# gave_up WORKDIR RETRIES, after a run that ended without a final exit code, sets `step` to the newest checkpoint's
+# step, `best` to the highest step so far, and `failures` to the number of runs in a row that did not raise `best`. It
+# is true for more than RETRIES failures.
 gave_up() {
   step=$(newest_step "$1")
   if ((step > best)); then
@@ -69,12 +70,12 @@ gave_up() {
   echo "error: exit code $code; $failures runs in a row ended without a new checkpoint in $1" >&2
 }
 
-# Whether an exit code of sddit_jax.main is final: 0 done, 2 the user's mistake, 3 diverged.
+# Whether the exit code $1 of sddit_jax.main is final: 0 done, 2 the user's mistake, 3 diverged.
 is_final() {
   [[ $1 == 0 || $1 == 2 || $1 == 3 ]]
 }
 
-# Waits until a child ends, and sets `code`. `wait` ends early for a trapped signal, whose trap sets `signalled`.
+# Waits until the child $1 ends, and sets `code`. A trapped signal ends `wait` early; its trap sets `signalled`.
 wait_for() {
   while true; do
     signalled="" code=0

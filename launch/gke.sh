@@ -1,24 +1,25 @@
 #!/usr/bin/env bash
-# Trains on a TPU slice of a GKE cluster, as a JobSet: launch/gke.sh COMMAND NAME [FLAGS] [-- ARGUMENTS OF sddit_jax.main]
+# Trains on a TPU slice of a GKE cluster, a JobSet: launch/gke.sh COMMAND NAME [FLAGS] [-- ARGUMENTS OF sddit_jax.main]
 #
-#   apply     creates the JobSet                       status   state of the JobSet and of its pods
+#   apply     creates the JobSet                       status   prints the state of the JobSet and of its pods
 #   render    prints its manifest                      log      follows the log of the first host
 #   delete    deletes it: the run gets SIGTERM and saves
 #
-#   --type=TYPE            v4, v5e, v5p or v6e
-#   --topology=AxB         chips of the slice, AxBxC for v4 and v5p
-#   --image=IMAGE          of launch/Dockerfile.tpu
-#   --chips_per_host=N     by default 4; all of a v5e or v6e slice of up to 8 chips
-#   --claim=NAME:FOLDER    mounts a PersistentVolumeClaim in the container; repeatable
-#   --bucket=NAME:FOLDER   mounts a Cloud Storage bucket by the Cloud Storage FUSE CSI driver; repeatable
-#   --service_account=NAME Kubernetes service account; --namespace=NAME namespace
-#   --spot                 spot nodes
-#   --max_restarts=100     preemptions and crashes until the JobSet fails
-#   --grace=300            seconds between SIGTERM and SIGKILL, to save in
+#   --type=TYPE            generation of the TPU: v4, v5e, v5p or v6e
+#   --topology=AxB         chips of the slice on each side; AxBxC for v4 and v5p
+#   --image=IMAGE          container image, made with launch/Dockerfile.tpu
+#   --chips_per_host=N     chips of a host; default 4, or all of a v5e or v6e slice of up to 8 chips
+#   --claim=NAME:FOLDER    mounts a PersistentVolumeClaim at FOLDER; repeatable
+#   --bucket=NAME:FOLDER   mounts a Cloud Storage bucket at FOLDER by the Cloud Storage FUSE CSI driver; repeatable
+#   --service_account=NAME Kubernetes service account
+#   --namespace=NAME       Kubernetes namespace; default: that of kubectl's context
+#   --spot                 run on spot nodes
+#   --max_restarts=100     preemptions and crashes after which the JobSet fails
+#   --grace=300            seconds between SIGTERM and SIGKILL, in which the run can save
 #   --env=NAME=VALUE       environment variable of the run; repeatable
-#   --dry_run              print the commands, run none; also by DRY_RUN=1
+#   --dry_run              print the commands and run none; DRY_RUN=1 does the same
 #
-# The cluster is that of kubectl's current context, and needs JobSet 0.6 or later.
+# The cluster is that of kubectl's current context. It needs JobSet 0.6 or later.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/common.sh
@@ -29,7 +30,7 @@ case $command in
   apply | render | delete | status | log) ;;
   *) fail "unknown command '$command'; it is apply, render, delete, status or log" ;;
 esac
-# Names of pods are longer by a suffix, and may have 63 characters.
+# A pod's name is this name and a suffix, of at most 63 characters together.
 [[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
   fail "'$name' is no name of a JobSet: up to 40 lower case letters, digits and hyphens"
 shift 2
@@ -58,7 +59,7 @@ while (($#)); do
   shift
 done
 
-# A YAML string; Kubernetes leaves $(NAME) alone where it is written $$(NAME).
+# Prints a text as a YAML string. Kubernetes would replace $(NAME), but prints $$(NAME) as $(NAME).
 string() {
   local text=${1//\\/\\\\}
   text=${text//\"/\\\"}
@@ -118,15 +119,15 @@ kind: JobSet
 metadata:
   name: $name
   annotations:
-    # All hosts on one slice.
+    # Kubernetes places all hosts on one slice.
     alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
 spec:
-  # The headless service by which the hosts find each other.
+  # The hosts find each other by a headless service.
   network: {enableDNSHostnames: true}
   failurePolicy:
     maxRestarts: $max_restarts
     rules:
-      # Exit codes 2 and 3, by the podFailurePolicy below, are final; all else starts all hosts again.
+      # Exit codes 2 and 3 are final, by the podFailurePolicy below. Any other failure starts all hosts again.
       - {name: final, action: FailJobSet, onJobFailureReasons: [PodFailurePolicy]}
   replicatedJobs:
     - name: slice
@@ -136,7 +137,7 @@ spec:
           parallelism: $((chips / chips_per_host))
           completions: $((chips / chips_per_host))
           completionMode: Indexed
-          # One host that fails takes the others with it: they start again together or not at all.
+          # When one host fails, all end, and all start again together.
           backoffLimit: 0
           podFailurePolicy:
             rules:

@@ -1,12 +1,13 @@
-"""Several processes on this machine as one run, with simulated devices: to try what runs on many hosts.
+"""Runs several processes with simulated devices on this machine as one run, to try what works on many hosts.
 
 python launch/local.py --processes=2 --devices=4 -- python -m sddit_jax.main --config=configs/digits.py --workdir=runs/a
 
-Each process gets --distributed, --process_index, --process_count and --heartbeat_seconds after its other arguments, and
-the lines it prints begin with its index. SIGTERM and Ctrl-C go to all. When one process has died, the others have the
-heartbeat time and half a minute more to notice, and then are killed. The exit code is the first of these that a process
-had: 2 (a mistake), 3 (diverged), 75 (interrupted and saved), any other failure, 0; a process that died of signal N
-counts as 128 + N. --restarts starts all again unless it is 0, 2 or 3, or a signal asked for the end.
+Each process gets the flags --distributed, --process_index, --process_count and --heartbeat_seconds behind its other
+arguments, and the lines that it prints begin with its index. SIGTERM and Ctrl-C go to all processes. When one has
+failed, the others have the heartbeat time and half a minute more to end; then they are killed. The exit code is the
+first of these that a process ended with: 2 (a mistake), 3 (diverged), 75 (interrupted and saved), another failure, 0; a
+process that signal N killed counts as 128 + N. --restarts starts all processes again, unless the exit code is 0, 2 or 3
+or a signal came.
 """
 
 import argparse
@@ -23,16 +24,16 @@ FINAL = (0, 2, 3)
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody has."""
+    """A free port of 127.0.0.1."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
 
 
 def environment(devices: int) -> dict[str, str]:
-    """What is different in the environment of each process."""
+    """The variables that each process gets beside those of this one."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    # With a cache of compilations process 0 alone would find its own again, and be far ahead of the others: simulated
-    # devices wait half a minute for each other and then give up.
+    # Only process 0 finds its programs in a compilation cache. It would then be far ahead of the others, and simulated
+    # devices give up if they wait for each other for half a minute.
     return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip(), "JAX_ENABLE_COMPILATION_CACHE": "false"}
 
 
@@ -46,15 +47,15 @@ def commands(command: list[str], processes: int, port: int, heartbeat_seconds: i
 
 
 def worst(codes: list[int]) -> int:
-    """The exit code of all, from those of each."""
+    """The exit code of all processes, from the exit code of each."""
     positive = [128 - code if code < 0 else code for code in codes]
     return next((code for code in (2, 3, 75) if code in positive), max(positive))
 
 
 def run_once(argv: list[list[str]], env: dict[str, str], grace: float, stop: list[int]) -> int:
-    """Runs all processes to their end; signals in `stop` are passed on to them. The exit code of all."""
+    """Runs all processes to their end, and returns the exit code of all. Passes on the signals in `stop`."""
     processes = [
-        # In sessions of their own: Ctrl-C would reach them twice.
+        # Each has a session of its own, since a terminal would send Ctrl-C to it too.
         subprocess.Popen(
             words, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             errors="replace", start_new_session=True,
@@ -82,20 +83,20 @@ def run_once(argv: list[list[str]], env: dict[str, str], grace: float, stop: lis
 
 
 def show(index: int, process: subprocess.Popen) -> None:
-    """Prints what a process prints."""
+    """Prints the lines of a process with its index."""
     for line in process.stdout:
         print(f"[{index}] {line}", end="", flush=True)
 
 
 def main() -> int:
-    """Does what the arguments say, and returns the exit code."""
+    """Runs the command of the arguments, and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=2, help="how many processes (2)")
-    parser.add_argument("--devices", type=int, default=4, help="simulated CPU devices of each (4)")
-    parser.add_argument("--heartbeat_seconds", type=int, default=100, help="after which a process counts as dead (100)")
-    parser.add_argument("--restarts", type=int, default=0, help="how often to start again (0)")
-    parser.add_argument("--dry_run", action="store_true", help="only print the commands")
-    parser.add_argument("command", nargs="+", help="after --, such as python -m sddit_jax.main --config=...")
+    parser.add_argument("--processes", type=int, default=2, help="number of processes (2)")
+    parser.add_argument("--devices", type=int, default=4, help="simulated CPU devices of each process (4)")
+    parser.add_argument("--heartbeat_seconds", type=int, default=100, help="seconds until a silent one is dead (100)")
+    parser.add_argument("--restarts", type=int, default=0, help="how often to start all processes again (0)")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands, and run none")
+    parser.add_argument("command", nargs="+", help="behind --, such as python -m sddit_jax.main --config=FILE")
     args = parser.parse_args()
     if args.processes < 1 or args.devices < 1:
         parser.error("--processes and --devices must be at least 1")

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Runs a command again until it is done: launch/restart.sh [--retries=5] [--delay=10] [--run=FOLDER] COMMAND...
 #
-# Exit codes 0, 2 and 3 of the command are final; after any other it is started again. A run made progress if there is
-# a checkpoint of a higher step in the command's --workdir than before. When more than `retries` runs in a row failed
-# without, this ends with exit code 1. `delay` is the first pause in seconds; it doubles with each run without progress,
-# up to ten minutes. SIGTERM goes to the command, which saves; then it is not started again, and the exit code is 75.
+# Exit codes 0, 2 and 3 of the command end this script with the same code. After any other exit code the command starts
+# again. If more than --retries runs in a row end without a new checkpoint in the command's --workdir, this script ends
+# with exit code 1. --delay is the first pause in seconds; it doubles with each run without a new checkpoint, up to ten
+# minutes. SIGTERM goes to the command, which saves and ends; then this script ends with exit code 75.
 #
-# FOLDER gets `pid`, `lock`, which is locked as long as this or the command lives, and at the end `exit_code`.
+# FOLDER gets three files: `pid`; `lock`, which is locked as long as this script or the command lives; and at the end
+# `exit_code`.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -51,9 +52,9 @@ catches_sigterm() {
   return 1
 } 2>/dev/null
 
-# A host that shuts down sends SIGTERM to every process, this and the command, and a second one would kill the command
-# while it saves. So it is sent only while the command has a handler for it: not before its first step, when it would
-# be killed without a checkpoint, and not after it got one.
+# A host that shuts down sends SIGTERM to every process, so this script and the command both get it. A second SIGTERM
+# would kill the command while it saves. Therefore this sends SIGTERM only while the command has a handler for it: the
+# command has none before its first step, and none after it got a SIGTERM.
 stop() {
   signalled=yes stopping=yes
   while [[ $child ]] && kill -0 "$child" 2>/dev/null; do

@@ -4,15 +4,15 @@
 #   sbatch --nodes=2 --gpus-per-node=8 --ntasks-per-node=8 --cpus-per-task=8 --time=24:00:00 \
 #       launch/slurm.sh ARGUMENTS OF sddit_jax.main
 #
-# One process for each GPU: that is what JAX's detection of SLURM gives a process. Environment variables:
+# SLURM starts one process for each GPU, since JAX gives each process of SLURM one GPU. Environment variables:
 #
 #   SDDIT_VENV               folder of a virtual environment; default: python of the PATH
-#   SDDIT_CONTAINER          image, run by srun's --container-image (Pyxis); SDDIT_CONTAINER_MOUNTS: mounts beside this
-#                            folder and the workdir, as SOURCE:TARGET,...
-#   SDDIT_RETRIES            give up when more runs in a row than this fail without a new checkpoint; default 5
+#   SDDIT_CONTAINER          image, run by srun's --container-image (Pyxis)
+#   SDDIT_CONTAINER_MOUNTS   mounts SOURCE:TARGET,... beside this folder and the workdir, which are always mounted
+#   SDDIT_RETRIES            give up when more runs in a row end without a new checkpoint; default 5
 #
-# Exit codes 0, 2 and 3 of sddit_jax.main end the job. After any other, and two minutes before the time limit, when the
-# run gets SIGTERM and saves, the job is queued again; scancel ends it.
+# Exit codes 0, 2 and 3 of sddit_jax.main end the job. After any other exit code SLURM queues the job again. Two minutes
+# before the time limit the run gets SIGTERM and saves, and SLURM queues the job again. scancel ends it.
 #SBATCH --job-name=sddit_jax
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
@@ -23,7 +23,7 @@ if [[ ! ${SLURM_JOB_ID:-} || ! -f ${SLURM_SUBMIT_DIR:-}/launch/common.sh ]]; the
   echo "error: start this from the folder of the repository: sbatch [OPTIONS] launch/slurm.sh ARGUMENTS" >&2
   exit 2
 fi
-# SLURM runs a copy of this file from a folder of its own.
+# SLURM runs a copy of this file in another folder.
 cd "$SLURM_SUBMIT_DIR"
 # shellcheck source=launch/common.sh
 source launch/common.sh
@@ -37,8 +37,8 @@ processes=$((SLURM_JOB_NUM_NODES * gpus))
 ((${SLURM_NTASKS:-1} == processes)) ||
   fail "${SLURM_NTASKS:-1} tasks for $processes GPUs, but each needs one: sbatch --ntasks-per-node=$gpus"
 
-# Every process sees all GPUs of its node, as JAX expects and NCCL needs. One that has failed does not end the others,
-# which may be saving; JAX ends them when it finds out, and SLURM after ten minutes.
+# Every process sees all GPUs of its node, as JAX expects and NCCL needs. When one process fails, srun does not end the
+# others, which may be saving: JAX ends them when it misses the process, or srun after ten minutes.
 launch=(srun --gpu-bind=none --kill-on-bad-exit=0 --wait=600)
 if [[ ${SLURM_CPUS_PER_TASK:-} ]]; then
   launch+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
@@ -54,7 +54,7 @@ elif [[ ${SDDIT_VENV:-} ]]; then
   [[ -x $python ]] || fail "SDDIT_VENV=$SDDIT_VENV: there is no $python"
 fi
 
-# To srun itself SIGTERM means to kill the processes at once. This signals them, and not this script.
+# SIGTERM to srun would kill the processes at once. scancel --signal sends it to them, and not to this script.
 trap 'signalled=yes; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
 "${launch[@]}" "$python" -m sddit_jax.main --distributed=auto "$@" &
 wait_for $!
@@ -62,13 +62,13 @@ if is_final "$code"; then
   exit "$code"
 fi
 
-# While a job is cancelled, or preempted by SLURM, which queues it again itself, it is not RUNNING any more.
+# A job that is cancelled is not RUNNING, and neither is one that SLURM preempts; SLURM queues that one again itself.
 state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
 if [[ $state != RUNNING ]]; then
   echo "exit code $code, and the job is $state: not queued again" >&2
   exit "$code"
 fi
-# The job and the newest step at its last end, and how many runs in a row have failed without a new checkpoint.
+# The file has the job, the newest step at its last end, and how many runs in a row ended without a new checkpoint.
 record=$workdir/slurm_restarts
 job="" best=-1 failures=0
 if [[ -f $record ]]; then

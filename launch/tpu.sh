@@ -1,30 +1,30 @@
 #!/usr/bin/env bash
 # Trains on Cloud TPU VMs, one or a pod slice: launch/tpu.sh COMMAND NAME [FLAGS] [-- ARGUMENTS OF sddit_jax.main]
 #
-#   create    requests the TPU                         start    starts the run on all workers, detached
-#   install   copies the code, makes an environment    stop     SIGTERM to all workers: the run saves; waits for it
-#   log       follows the log of a worker              status   state of the TPU and of the run on each worker
-#   delete    deletes the TPU                          watch    all of it until the run is done, after preemptions too
+#   create    requests the TPU                         start    starts the run on all workers, in the background
+#   install   copies the code, makes an environment    stop     sends SIGTERM to all workers; waits until the run saved
+#   log       follows the log of a worker              status   prints the state of the TPU and of each worker's run
+#   delete    deletes the TPU                          watch    does all of this until the run is done, and starts the
+#                                                               run again after preemptions and crashes
 #
-#   --type=TYPE           accelerator type, such as v5litepod-16 or v6e-8 (create, watch)
-#   --version=VERSION     runtime version; by default the one for the type
-#   --zone=ZONE           zone, --project=PROJECT project; by default those of gcloud's configuration
-#   --spot                spot capacity, which can be preempted
-#   --queued              a queued resource: waits until there is capacity
-#   --create_flag=FLAG    a further flag of gcloud's create, such as --create_flag=--network=NETWORK; repeatable
-#   --ssh_flag=FLAG       a further flag of gcloud's ssh and scp, such as --ssh_flag=--internal-ip; repeatable
+#   --type=TYPE           accelerator type, such as v5litepod-16 or v6e-8; for create and watch
+#   --version=VERSION     runtime version; default: the one for the type
+#   --zone=ZONE           zone, --project=PROJECT project; default: those of gcloud's configuration
+#   --spot                use spot capacity, which can be preempted
+#   --queued              request a queued resource, which waits until there is capacity
+#   --create_flag=FLAG    further flag of gcloud's create, such as --create_flag=--network=NETWORK; repeatable
+#   --ssh_flag=FLAG       further flag of gcloud's ssh and scp, such as --ssh_flag=--internal-ip; repeatable
 #   --repository=URL      clone this repository instead of copying this folder; --revision=REVISION checks it out
-#   --setup=COMMAND       run on each worker before each start, such as a mount; may find it done already
+#   --setup=COMMAND       runs on each worker before each start, such as a mount; has to succeed a second time too
 #   --env=NAME=VALUE      environment variable of the run; repeatable
-#   --retries=5           give up when more runs in a row fail without a new checkpoint
-#   --worker=0            whose log
-#   --poll=60             seconds between two looks (watch)
-#   --dry_run             print the commands, run none; also by DRY_RUN=1
+#   --retries=5           give up when more runs in a row end without a new checkpoint
+#   --worker=0            number of the worker whose log to follow
+#   --poll=60             seconds between two looks at the TPU; for watch
+#   --dry_run             print the commands and run none; DRY_RUN=1 does the same
 #
-# Exit codes: 0, 2 and 3 as of sddit_jax.main; 1 if the run or a command of gcloud failed.
+# Exit codes: 0, 2 and 3 as sddit_jax.main; 1 if the run or a command of gcloud failed.
 #
-# Each of these is a command of gcloud or a few; none of gcloud's keeps a run alive without a connection, or creates a
-# preempted TPU again and goes on there.
+# gcloud has no command that keeps a run alive without a connection, or that creates a preempted TPU again.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/common.sh
@@ -39,7 +39,7 @@ esac
 shift 2
 
 type="" version="" spot="" queued="" repository="" revision="" setup=":" retries=5 worker=0 poll=60
-# What is created and deleted: a node, or the queued resource that brings one.
+# The resource that `create` and `delete` name: a node, or the queued resource that makes a node.
 resource=tpu-vm
 place=() create_flags=() ssh_flags=() environment=()
 dry_run=${DRY_RUN:-0}
@@ -85,22 +85,22 @@ if [[ $command == start || $command == watch ]]; then
   workdir_of "$@" >/dev/null
 fi
 
-# A command of gcloud for this TPU: tpu tpu-vm|queued-resources VERB [FLAGS].
+# Runs a command of gcloud for this TPU: tpu tpu-vm|queued-resources VERB [FLAGS].
 tpu() {
   run gcloud compute tpus "$1" "$2" "$name" ${place[@]+"${place[@]}"} "${@:3}"
 }
 
-# Runs a command line on the workers, in their home folder.
+# on_workers WORKER COMMAND runs a shell command in the home folder of a worker, or of all.
 on_workers() {
   tpu tpu-vm ssh --worker="$1" --command="$2" ${ssh_flags[@]+"${ssh_flags[@]}"}
 }
 
-# On a worker: the code is in ~/sddit_jax, the environment in ~/sddit_jax_venv, the log and the lock of the run, which
-# outlives a connection, in ~/sddit_jax_run.
+# On a worker ~/sddit_jax has the code, ~/sddit_jax_venv the Python environment, and ~/sddit_jax_run the log, the lock
+# and the exit code of the run.
 # shellcheck disable=SC2016  # Expanded on the worker.
 say='echo "sddit_jax $(hostname)":'
 not_running='{ [ ! -e sddit_jax_run/lock ] || flock --nonblock sddit_jax_run/lock true; }'
-# A line for each worker: missing (not installed), idle, running, lost (ended without an exit code) or exit CODE.
+# Prints a line for each worker: missing (not installed), idle, running, lost (ended without exit code) or exit CODE.
 # shellcheck disable=SC2016
 report='s=idle; if ! [ -x sddit_jax/launch/restart.sh ]; then s=missing; '"elif ! $not_running; then s=running; "\
 'elif [ -s sddit_jax_run/exit_code ]; then s="exit $(cat sddit_jax_run/exit_code)"; '\
@@ -116,7 +116,7 @@ create() {
 }
 
 delete() {
-  # --force deletes the node of a queued resource too.
+  # With --force gcloud also deletes the node of a queued resource.
   tpu "$resource" delete ${queued:+--force} --quiet
 }
 
@@ -136,15 +136,15 @@ install() {
       ${ssh_flags[@]+"${ssh_flags[@]}"} || return
     get+="mkdir sddit_jax && tar -xzf sddit_jax.tar.gz -C sddit_jax"
   fi
-  # The images have Python 3.10; uv brings its own. The variable lets pip install for the user where a distribution
-  # manages Python, and older ones ignore it.
+  # The images of TPU VMs have Python 3.10; uv installs 3.12. The variable lets pip install uv for the user where the
+  # distribution manages Python.
   python="PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user --upgrade uv"
   python+=" && python3 -m uv venv --quiet --allow-existing --python=3.12 sddit_jax_venv"
   python+=" && python3 -m uv pip install --quiet --python=sddit_jax_venv/bin/python \"./sddit_jax[tpu]\""
   on_workers all "$get && $python"
 }
 
-# The argument is the exit code for workers where the run is running already.
+# start [CODE] starts the run. A worker where it is running already ends with CODE, by default 2.
 start() {
   local busy=${1:-2} run_it
   run_it=$(quote env ${environment[@]+"${environment[@]}"} setsid nohup launch/restart.sh --run=../sddit_jax_run \
@@ -181,13 +181,13 @@ status() {
   on_workers all "$report"
 }
 
-# Prints what is to be done about the TPU: create, recreate, use or wait.
+# Prints what `watch` has to do with the TPU: create, recreate, use or wait.
 tpu_needs() {
   local kind state
   for kind in ${queued:+queued-resources} tpu-vm; do
     if ! state=$(describe "$kind" 2>&1); then
       if [[ $state == *NOT_FOUND* ]]; then
-        # A queued resource that is just becoming active has no node yet.
+        # A queued resource that becomes active may not have its node yet.
         if [[ $kind == tpu-vm && $queued ]]; then echo wait; else echo create; fi
       else
         echo "$state" >&2
@@ -195,7 +195,7 @@ tpu_needs() {
       fi
       return
     fi
-    # A line of it: gcloud may say more.
+    # gcloud may print other lines too.
     if grep --quiet --line-regexp --extended-regexp "PREEMPTED|TERMINATED|SUSPENDED|FAILED" <<<"$state"; then
       echo recreate
       return
@@ -207,7 +207,7 @@ tpu_needs() {
   echo use
 }
 
-# Creates, and again after the pause while there is no capacity; every other failure is final.
+# Requests the TPU every `poll` seconds until there is capacity. Any other failure ends the script.
 create_when_possible() {
   local message
   until message=$(create 2>&1); do
@@ -220,7 +220,7 @@ create_when_possible() {
   done
 }
 
-# Ends this script when the run has ended for good; starts it on workers where it is not running.
+# Looks at the run: ends this script if the run has a final exit code, and starts the run where it is not running.
 tend() {
   local answer states
   if ! answer=$(on_workers all "$report"); then
@@ -253,13 +253,13 @@ start_again() {
   start 0 && seen=yes
 }
 
-# A preempted TPU does not come back.
+# Cloud TPU does not restart a preempted TPU, so it is deleted and requested again.
 recreate() {
   seen=""
   delete && create_when_possible
 }
 
-# Runs a step towards a running run. A round has at most three, and more than `retries` rounds in vain are the end.
+# Runs a function that should lead to a running run. A round has at most three; `retries` rounds may fail in a row.
 attempt() {
   echo "$name: ${1//_/ }" >&2
   failed=$((failed + 1))
@@ -270,7 +270,7 @@ attempt() {
   "$@" || true
 }
 
-# `seen`: the exit codes on the workers are of the run that this has started or found running, not of an earlier one.
+# `seen`: whether the exit codes on the workers are of this run, which the script started or found running.
 watch() {
   local seen="" failed=0
   if [[ $dry_run == 1 ]]; then

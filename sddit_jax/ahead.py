@@ -1,4 +1,4 @@
-"""Work that is begun ahead of its use: files read by threads, batches computed by devices."""
+"""Iterators that begin work before its result is needed: files that threads read, batches that devices compute."""
 
 import collections
 from collections.abc import Callable, Iterable, Iterator
@@ -10,10 +10,10 @@ Result = TypeVar("Result")
 
 
 def begun_ahead(items: Iterable[T], ahead: int = 1) -> Iterator[T]:
-    """The items in order, each when `ahead` later ones have been taken, or all.
+    """Yields the items in order, and takes each from `items` when the item `ahead` places before it is yielded.
 
-    Where taking an item begins its work, such as a computation on a device, the work of the later items goes on while
-    this item is used.
+    If taking an item begins its work, such as a computation on a device, that work goes on while the caller uses the
+    items before it.
     """
     waiting: collections.deque[T] = collections.deque()
     for item in items:
@@ -27,6 +27,9 @@ def begun_ahead(items: Iterable[T], ahead: int = 1) -> Iterator[T]:
 def read_ahead(
     pool: ThreadPoolExecutor, read: Callable[[T], Result], places: Iterable[T], ahead: int
 ) -> Iterator[Result]:
-    """read(place) of each place in order, by threads that are at most `ahead` places in front; what it raises, too."""
+    """Yields read(place) for each place in order; the pool's threads read at most `ahead` later places meanwhile.
+
+    What read(place) raises is raised here, when its result would be yielded.
+    """
     for future in begun_ahead((pool.submit(read, place) for place in places), ahead):
         yield future.result()

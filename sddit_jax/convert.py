@@ -1,4 +1,4 @@
-"""Takes weights to PyTorch and in: python -m sddit_jax.convert COMMAND ...
+"""Converts weights to and from PyTorch: python -m sddit_jax.convert COMMAND ...
 
     to-torch      --workdir=RUN --output=model.safetensors      for sddit_jax.interop.pytorch
     to-maskdit    --workdir=RUN --output=0400000.pt             for the public MaskDiT code
@@ -7,9 +7,10 @@
     from-maskdit  imagenet256.pt --workdir=NEW
     from-dit      DiT-XL-2-256x256.pt --workdir=NEW
 
-An imported workdir is like one that main trained, at step 0: sample from it, or train further with
---config=configs/finetune.py:NEW --workdir=TUNED. A file that does not fit its network is refused, with all that is
-missing, surplus or of another shape; --partial loads what fits. Nothing in a file is executed.
+An import makes a workdir like that of a run at step 0. Sample from it, or train it further with
+--config=configs/finetune.py:NEW --workdir=TUNED. If a file does not fit the network, the message lists the tensors that
+are missing, surplus or of another shape, and nothing is written; --partial loads the tensors that fit. No code in a
+file is executed.
 """
 
 from pathlib import Path
@@ -22,21 +23,21 @@ from sddit_jax.errors import UserError
 from sddit_jax.interop.layouts import DIT, MASKDIT, OWN
 from sddit_jax.interop.transfer import export, import_
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Run to export, or a new folder to import into.")
-OUTPUT = flags.DEFINE_string("output", None, "File to write.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run to export, or new folder to import into.")
+OUTPUT = flags.DEFINE_string("output", None, "File to write: .safetensors for to-torch, .pt or .pth for the others.")
 WEIGHTS = flags.DEFINE_enum(
     "weights", None, ["ema", "params", "both"],
-    "The EMA (the default), the parameters as trained, or for MaskDiT and DiT both (the default for MaskDiT).",
+    "Weights to export: ema, params (as trained) or both. Left out: both for to-maskdit, ema for the others.",
 )  # fmt: skip
-STEP = flags.DEFINE_integer("checkpoint_step", None, "Step of the checkpoint. Left out: the newest that is intact.")
+STEP = flags.DEFINE_integer("checkpoint_step", None, "Step of the checkpoint. Left out: the newest intact one.")
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The network to import into, as for main. Left out: what the file itself tells.", lock_config=True
+    "config", None, "Config of the network to import into, as for main. Left out: as the file says.", lock_config=True
 )
-PARTIAL = flags.DEFINE_bool("partial", False, "Import what fits; the rest of the network is fresh.")
+PARTIAL = flags.DEFINE_bool("partial", False, "Import the tensors that fit; the others of the network are fresh.")
 
 
 def main(command: str = "", file: str = "") -> None:
-    """Does what the first word says."""
+    """Exports or imports, as the first argument says."""
     layouts = {"torch": OWN, "maskdit": MASKDIT, "dit": DIT}
     direction, _, name = command.partition("-")
     if direction not in ("to", "from") or name not in layouts:

@@ -1,18 +1,18 @@
-"""The errors that a user can meet, each with the exit code that the commands end with."""
+"""The errors that a user can meet, each with the exit code of a command that ends with it."""
 
 
 class CommandError(Exception):
-    """An end of a command that is explained in one message; `exit_code` tells a launcher what to do."""
+    """Ends a command with one message. A launcher reads `exit_code` to decide whether to start the command again."""
 
     exit_code = 2
 
 
 class UserError(CommandError):
-    """The user's mistake: the message names the value and what would be right. Exit code 2."""
+    """The user's mistake; the message names the wrong value and a right one. Exit code 2."""
 
 
 class ConfigError(UserError):
-    """A configuration that cannot be run: an unknown key, a wrong type, an impossible combination."""
+    """A config that cannot run: an unknown key, a value of a wrong type, or values that exclude each other."""
 
 
 class DataError(UserError):
@@ -24,22 +24,22 @@ class WeightsError(UserError):
 
 
 class CheckpointError(UserError):
-    """A working directory that cannot be continued from or written to."""
+    """A workdir from which a run cannot continue, or to which it cannot write."""
 
 
 class Diverged(CommandError):
-    """The loss or the gradients stayed non-finite. Starting again would diverge again. Exit code 3."""
+    """The loss or the gradients stayed non-finite; a second start would end the same. Exit code 3."""
 
     exit_code = 3
 
 
 class Interrupted(CommandError):
-    """Stopped by a signal after saving; starting again continues the run. Exit code 75 (EX_TEMPFAIL)."""
+    """A signal stopped the command after it had saved; the same command continues. Exit code 75 (EX_TEMPFAIL)."""
 
     exit_code = 75
 
 
 class Unreachable(CommandError):
-    """Other processes of the same run did not come in time; they may be on their way. Exit code 75, as Interrupted."""
+    """Other processes of this run did not come in time; a later start may find them. Exit code 75."""
 
-    exit_code = Interrupted.exit_code
+    exit_code = 75

@@ -1,13 +1,13 @@
-"""Evaluates images: python -m sddit_jax.evaluate --samples=DIR/samples.npz --reference=REF.npz --inception=FILE.
+"""Compares images with a reference: python -m sddit_jax.evaluate --samples=IMAGES --reference=REF.npz --inception=FILE.
 
-FID, sFID, Inception Score, precision, recall and KID, in a table, and in DIR/samples.evaluation.json with every
-condition. --samples may be a folder of images, or one that `sample` wrote to; --reference is one of ADM's files
-(VIRTUAL_imagenet256_labeled.npz), of images alone (arr_0), or what this command writes from images of any source:
+Prints FID, sFID, Inception Score, precision, recall and KID, and writes them with all conditions to
+IMAGES.evaluation.json. --samples takes an npz file, a folder of images, or a folder that `sample` wrote to. --reference
+takes one of ADM's files (VIRTUAL_imagenet256_labeled.npz), images (arr_0), or a file that this command writes:
 
     python -m sddit_jax.evaluate --source=folder:PATH --resolution=256 --inception=FILE --write_reference=REF.npz
 
---inception is pt_inception-2015-12-05-6726825d.pth of the releases of mseitzer/pytorch-fid on GitHub. --features=pixels
-compares small images in pixels, and needs no weights.
+--inception is pt_inception-2015-12-05-6726825d.pth, a release of mseitzer/pytorch-fid on GitHub. --features=pixels
+compares the pixels of small images, and needs no weights.
 """
 
 import logging
@@ -21,7 +21,6 @@ from sddit_jax.config.schema import ParallelConfig
 from sddit_jax.data.sources import open_source
 from sddit_jax.errors import UserError
 from sddit_jax.evaluation.comparison import comparison_table, evaluate, find_samples, full_record
-from sddit_jax.evaluation.feature_spaces import FeatureSpace
 from sddit_jax.evaluation.image_sets import ImageSet, open_image_set, source_image_set
 from sddit_jax.evaluation.metric_table import METRICS
 from sddit_jax.evaluation.reference import measure_set, open_reference, write_reference
@@ -32,20 +31,20 @@ from sddit_jax.parallel import sharding
 log = logging.getLogger("sddit_jax")
 
 SAMPLES = flags.DEFINE_string("samples", None, "Images to evaluate: an npz file (arr_0) or a folder of image files.")
-REFERENCE = flags.DEFINE_string("reference", None, "What they are compared with: an npz file of statistics or images.")
-INCEPTION = flags.DEFINE_string("inception", "", "File of Inception's weights, for --features=inception.")
-FEATURES = flags.DEFINE_enum("features", "inception", list(SPACES), "Of what images are compared in.")
-CHOSEN = flags.DEFINE_list("metrics", [], f"Some of {','.join(METRICS)}. Left out: all that are possible.")
-OUTPUT = flags.DEFINE_string("output", None, "File for the results. Left out: SAMPLES.evaluation.json.")
-WRITE = flags.DEFINE_string("write_reference", None, "File for the statistics of --source; ends in .npz.")
-SOURCE = flags.DEFINE_string("source", None, "Images: digits, folder:PATH, tfds:NAME or npz:PATH.")
+REFERENCE = flags.DEFINE_string("reference", None, "npz file to compare with: statistics, or images (arr_0).")
+INCEPTION = flags.DEFINE_string("inception", "", "File with the weights of Inception, for --features=inception.")
+FEATURES = flags.DEFINE_enum("features", "inception", list(SPACES), "What to compare: Inception's features, or pixels.")
+CHOSEN = flags.DEFINE_list("metrics", [], f"Metrics to compute, of {','.join(METRICS)}. Left out: all possible ones.")
+OUTPUT = flags.DEFINE_string("output", None, "JSON file for the results. Left out: SAMPLES.evaluation.json.")
+WRITE = flags.DEFINE_string("write_reference", None, "npz file to write the statistics of --source to.")
+SOURCE = flags.DEFINE_string("source", None, "Images for a reference: digits, folder:PATH, tfds:NAME or npz:PATH.")
 KEEP = flags.DEFINE_integer(
-    "keep_features", 10_000, "Images of --source, evenly chosen, whose features --write_reference keeps.", lower_bound=0
+    "keep_features", 10_000, "Images of --source, evenly spaced, whose features the file keeps, for pr and kid.", 0
 )
-SPLIT = flags.DEFINE_string("split", "train", "Which of them; for tfds also a slice, such as train[:10%].")
-RESOLUTION = flags.DEFINE_integer("resolution", None, "Side to which images of --source are cropped, as ADM does.", 1)
-DOWNLOAD = flags.DEFINE_bool("download", False, "Let TensorFlow Datasets prepare what is missing of tfds:NAME.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images computed at a time, by all devices.", lower_bound=1)
+SPLIT = flags.DEFINE_string("split", "train", "Split of --source; for tfds also a slice, such as train[:10%].")
+RESOLUTION = flags.DEFINE_integer("resolution", None, "Side in pixels to which --source is cropped, as by ADM.", 1)
+DOWNLOAD = flags.DEFINE_bool("download", False, "Let TensorFlow Datasets download and prepare tfds:NAME.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images in a batch, over all devices.", lower_bound=1)
 NUM_THREADS = flags.DEFINE_integer("num_threads", 16, "Threads that read images.", lower_bound=1)
 flags.adopt_module_key_flags(process_flags)
 
@@ -62,9 +61,7 @@ def main() -> None:
     process_flags.start_processes()
     mesh = sharding.make_mesh(ParallelConfig())
     if all(writing):
-        images = _source()
-        space = open_space(FEATURES.value, INCEPTION.value, mesh, BATCH_SIZE.value)
-        _write_reference(images, space)
+        _write_reference(mesh)
         return
     path, made = find_samples(SAMPLES.value)
     name = path.name if path.is_dir() else path.stem
@@ -81,37 +78,36 @@ def main() -> None:
         log.info("%s", line)
     with explained(output, UserError):
         write_json(output, record)
-    log.info("with all conditions: %s", output)
+    log.info("written with all conditions: %s", output)
 
 
-def _source() -> ImageSet:
+def _write_reference(mesh: jax.sharding.Mesh) -> None:
+    images = _source_images()
+    space = open_space(FEATURES.value, INCEPTION.value, mesh, BATCH_SIZE.value)
+    record = {"source": SOURCE.value}
+    if not SOURCE.value.startswith("npz:"):
+        record |= {"split": SPLIT.value, "crop": "ADM's center crop"}
+    count = write_reference(WRITE.value, space, images, record, BATCH_SIZE.value, KEEP.value)
+    log.info("statistics of %s of %d images in %s", space.name, count, WRITE.value)
+
+
+def _source_images() -> ImageSet:
     kind, _, path = SOURCE.value.partition(":")
     if kind == "npz":
         images = open_image_set(path, NUM_THREADS.value)
         if RESOLUTION.value not in (None, images.shape[1]):
-            raise UserError(f"--resolution={RESOLUTION.value}, but {path} has {list(images.shape)}; it is not cropped")
+            raise UserError(f"--resolution={RESOLUTION.value}, but {path} has {list(images.shape)}: leave it out")
         return images
     if kind == "latents":
-        raise UserError(f"--source={SOURCE.value} has latents, not images; name the images that they are of")
+        raise UserError(f"--source={SOURCE.value} has latents, not images; name the images that they were made from")
     resolution = RESOLUTION.value or (8 if kind == "digits" else 0)
     if not resolution:
         raise UserError(f"--source={SOURCE.value} needs --resolution=SIDE, such as 256")
+    channels = 1 if kind == "digits" else 3
     source = open_source(
-        SOURCE.value,
-        split=SPLIT.value,
-        image_size=resolution,
-        channels=1 if kind == "digits" else 3,
-        download=DOWNLOAD.value,
+        SOURCE.value, split=SPLIT.value, image_size=resolution, channels=channels, download=DOWNLOAD.value
     )
     return source_image_set(source, NUM_THREADS.value)
-
-
-def _write_reference(images: ImageSet, space: FeatureSpace) -> None:
-    record = {"source": SOURCE.value, "split": SPLIT.value, "crop": "ADM's center crop"}
-    if SOURCE.value.startswith("npz:"):
-        record = {"source": SOURCE.value}
-    count = write_reference(WRITE.value, space, images, record, BATCH_SIZE.value, KEEP.value)
-    log.info("statistics of %s of %d images in %s", space.name, count, WRITE.value)
 
 
 if __name__ == "__main__":

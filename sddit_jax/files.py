@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, hashed, and read as JSON that may be wrong."""
+"""Files that are written whole or not at all, hashes, and JSON that may be damaged."""
 
 import fcntl
 import hashlib
@@ -19,15 +19,14 @@ from sddit_jax.errors import UserError
 
 @contextmanager
 def whole(path: str | os.PathLike[str], folder: Path | None = None) -> Iterator[IO[bytes]]:
-    """A file for the body to write: it is at `path`, on the disk, when the body has ended, and not before.
+    """Gives the body a binary file to write. When the body has ended, the file is on the disk at `path`.
 
-    A body that raises, or a process that is killed, leaves at `path` what was there. Until the end the bytes are in a
-    hidden file of `folder` (None: the folder of `path`), which has to be on the same file system; a library that opens
-    files itself takes its name, `file.name`. A symbolic link stays one. What cannot be replaced, such as a pipe or
-    /dev/stdout, is written directly.
+    If the body raises or the process is killed, `path` stays as it was. Meanwhile the bytes are in a hidden file in
+    `folder` (None: the folder of `path`), on the same file system; a library that opens files itself takes its name,
+    `file.name`. A symbolic link stays one. A pipe or a device such as /dev/stdout is written directly. Raises OSError.
 
-    Raises:
-      OSError: it cannot be written.
+        with whole("samples.npz") as file:
+            np.savez(file, images)
     """
     path = Path(path)
     if not _can_be_replaced(path):
@@ -42,7 +41,7 @@ def whole(path: str | os.PathLike[str], folder: Path | None = None) -> Iterator[
         try:
             yield file
             file.flush()
-            # A library may have put a file of its own in the place, for its owner alone.
+            # A library may have replaced the file by one that only its owner can read.
             with temporary.open("rb") as written:
                 os.fchmod(written.fileno(), mode)
                 os.fsync(written.fileno())
@@ -53,18 +52,18 @@ def whole(path: str | os.PathLike[str], folder: Path | None = None) -> Iterator[
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes a file whole or not at all. Raises OSError."""
+    """Writes the bytes of a file, whole or not at all. Raises OSError."""
     with whole(path) as file:
         file.write(content)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes a JSON value for people and programs to read, whole or not at all. Raises OSError."""
+    """Writes a JSON value with indentation, whole or not at all. Raises OSError."""
     write_whole(path, json.dumps(value, indent=2).encode())
 
 
 def check_output(path: Path) -> None:
-    """Raises UserError if `whole` cannot write to a path; it is asked before hours of work."""
+    """Raises UserError if `whole` cannot write to a path. Commands call it before hours of work."""
     folder, why = Path(os.path.realpath(path)).parent, ""
     written = [path] * path.exists() + [folder] * _can_be_replaced(path)
     if path.is_dir():
@@ -79,9 +78,9 @@ def check_output(path: Path) -> None:
 
 @contextmanager
 def explained(what: object, kind: type[UserError], *also: type[Exception], ending: str = "") -> Iterator[None]:
-    """Turns an OSError of the body into `kind`: "WHAT could not be written: WHY", and the ending.
+    """Turns an OSError of the body into an error of type `kind`: "WHAT could not be written: WHY" and `ending`.
 
-    what: the path, or the flag that names it. also: what a library raises for a full disk instead of an OSError.
+    what: the path, or the flag that names it. also: further exceptions, which a library raises for a full disk.
     """
     try:
         yield
@@ -96,9 +95,9 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 
 
 def weights_hash(params: Mapping[str, Any]) -> str:
-    """SHA-256 over names, types, shapes and bytes of a nested dict of arrays, in order of names: 16 hex characters.
+    """A hash of a nested dict of arrays: the first 16 hexadecimal digits of a SHA-256.
 
-    Whatever file the same values come from, their hash is the same.
+    It covers paths, dtypes, shapes and values in the order of the paths, and does not depend on the file's format.
     """
     total = hashlib.sha256()
     for path, leaf in sorted(flax.traverse_util.flatten_dict(params, sep="/").items()):
@@ -109,7 +108,7 @@ def weights_hash(params: Mapping[str, Any]) -> str:
 
 
 def json_object(text: str | bytes) -> dict[str, Any]:
-    """The object in a JSON text. Raises ValueError: it is no JSON, nested too deep, or another value."""
+    """Parses a JSON object. Raises ValueError if the text is no JSON, nested too deep, or not an object."""
     try:
         value = json.loads(text)
     except RecursionError as error:
@@ -120,7 +119,7 @@ def json_object(text: str | bytes) -> dict[str, Any]:
 
 
 def read_json(path: Path, kind: type[UserError], ending: str = "") -> dict[str, Any]:
-    """The object in a JSON file. Raises `kind` if it cannot be read or is none: the path, the reason, the ending."""
+    """Reads a JSON object from a file. If it cannot, raises `kind` with the path, the reason and `ending`."""
     try:
         return json_object(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -129,7 +128,7 @@ def read_json(path: Path, kind: type[UserError], ending: str = "") -> dict[str, 
 
 @contextmanager
 def undamaged(path: Path, kind: type[UserError], ending: str = "") -> Iterator[None]:
-    """Turns what the body raises if values of a file are missing or of another type into `kind`, as `read_json`."""
+    """Turns what the body raises for a missing value or a value of a wrong type in a file into `kind`."""
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -141,20 +140,20 @@ def _can_be_replaced(path: Path) -> bool:
 
 
 def _temporary(folder: Path, name: str) -> IO[bytes]:
-    """A file of a new name, so that two processes do not mix their bytes, and locked as long as it is open."""
+    """Opens a file of its own for this process, and locks it as long as it is open."""
     while True:
         file = (folder / f".{name}.{secrets.token_hex(4)}").open("xb")
-        # Not every file system has locks; there leftovers stay.
+        # A file system without locks keeps the leftovers of killed processes.
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
-        # Before it was locked, another process may have taken it for a leftover.
+        # Another process may have deleted the file as a leftover before it was locked.
         if os.path.exists(file.name):
             return file
         file.close()
 
 
 def _remove_leftovers(folder: Path, name: str) -> None:
-    """What killed processes have left of a file, and not what a living one is writing."""
+    """Deletes the hidden files that killed processes left; a file that a process is writing is locked, and stays."""
     leftover = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}")
     for path in [entry.path for entry in os.scandir(folder) if leftover.fullmatch(entry.name)]:
         with suppress(OSError), open(path, "r+b") as file:

@@ -1,8 +1,8 @@
-"""What a run would take on a TPU: python -m sddit_jax.preflight --config=FILE --topology=v5e:4x4 [--batch=N].
+"""Says what a run takes on a TPU: python -m sddit_jax.preflight --config=FILE --topology=v5e:4x4 [--batch=N].
 
-Compiles the train step and the sampler for that topology on any machine (Linux, pip install -e '.[tpu]'; no TPU
-needed) and prints a table to stderr and one JSON object to stdout. Ends with exit code 2 if the run does not fit in a
-chip's memory, and names the first change that makes it fit.
+Compiles the train step and the sampler for that topology on any Linux machine, without a TPU (pip install -e '.[tpu]').
+Prints a table to stderr and one JSON object to stdout. If the run does not fit in a chip's memory, the command names
+the first change that makes it fit, and ends with exit code 2.
 """
 
 import dataclasses
@@ -22,14 +22,16 @@ from sddit_jax.parallel import sharding
 
 log = logging.getLogger("sddit_jax")
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config, as for main.", lock_config=True)
-TOPOLOGY = flags.DEFINE_string("topology", None, "GENERATION:SHAPE; v3, v4, v5e, v5p or v6e, as in v5e:4x4, v4:2x2x4.")
-BATCH = flags.DEFINE_integer("batch", None, "Global batch size. Left out: the config's.", lower_bound=1)
-QUICK = flags.DEFINE_bool("quick", False, "Optimise less: a fifth of the time, and memory nearly the same.")
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the run, as for main.", lock_config=True)
+TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "GENERATION:SHAPE, with v3, v4, v5e, v5p or v6e and chips a side, such as v5e:4x4 or v4:2x2x4."
+)
+BATCH = flags.DEFINE_integer("batch", None, "Images in the global batch. Left out: the config's.", lower_bound=1)
+QUICK = flags.DEFINE_bool("quick", False, "Optimise less, in a fifth of the time; memory differs by a few percent.")
 
 
 def report_table(report: aot.Report) -> str:
-    """A report for a person."""
+    """The table that the command prints."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in report.mesh.items())
     paper, compiled = sum(report.flops_per_image.values()), report.compiled_flops_per_image
     parts = ", ".join(f"{name} {value / paper:.0%}" for name, value in report.flops_per_image.items())
@@ -42,21 +44,15 @@ def report_table(report: aot.Report) -> str:
         ("  train step", f"{report.peak_gib:.2f} GiB at its peak, state included"),
         ("  sampler", f"{report.sampler_peak_gib:.2f} GiB at its peak"),
         ("arithmetic", f"{paper / 1e12:.3f} TFLOP an image on paper ({parts})"),
-        ("  compiled", f"{compiled / 1e12:.3f} TFLOP an image, {compiled / paper:.2f} of that"),
+        ("  compiled", f"{compiled / 1e12:.3f} TFLOP an image, {compiled / paper:.2f} times as many"),
         *(
-            (
-                f"  at {share}",
-                f"of the peak: {s['images_per_second_per_chip']:.0f} images/s a chip, {s['days']:.1f} days",
-            )
-            for share, s in report.speed.items()
+            (f"  at {peak}", f"of peak: {s['images_per_second_per_chip']:.0f} images/s a chip, {s['days']:.1f} days")
+            for peak, s in report.speed.items()
         ),
         ("compiling", f"{seconds['train_step']:.0f} s the train step, {seconds['sampler']:.0f} s the sampler"),
         ("collectives", f"{sum(c['gib_per_step'] for c in report.collectives):.3f} GiB sent by a device in a step"),
         *(
-            (
-                f"  {c['kind']}",
-                f"{c['gib_per_step']:.3f} GiB, {c['count']} of them {c['times']} times: {c['purpose']}",
-            )
+            (f"  {c['kind']}", f"{c['gib_per_step']:.3f} GiB, {c['count']} run {c['times']} times: {c['purpose']}")
             for c in report.collectives
         ),
     ]
@@ -67,7 +63,7 @@ def main() -> None:
     """Prints the report; raises UserError if the run does not fit."""
     if CONFIG.value is None or not TOPOLOGY.value:
         raise UserError("--config=FILE and --topology=GENERATION:SHAPE are needed, as in --topology=v5e:4x4")
-    # Programs are only compiled: a TPU or GPU that this machine may have stays free for others.
+    # Nothing runs, so a TPU or GPU of this machine stays free for others.
     jax.config.update("jax_platforms", "cpu")
     config = resolve(CONFIG.value)
     if BATCH.value is not None:
@@ -81,6 +77,7 @@ def main() -> None:
 
 
 def _what_fits(config: Config) -> str:
+    """Names the first change of `aot.smaller` with which the run fits, or says that none does."""
     tried = []
     devices, _ = aot.devices_of(TOPOLOGY.value)
     for changes, smaller in aot.smaller(config):

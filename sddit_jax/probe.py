@@ -1,9 +1,9 @@
-"""Measures what a run's encoder knows of images: python -m sddit_jax.probe --workdir=RUN.
+"""Measures what the encoder of a run knows of images: python -m sddit_jax.probe --workdir=RUN.
 
-k-nearest-neighbour and linear-probe accuracy of its features, always under the null label, at each noise level, and
-beside them those of the untrained network. Prints a table, and writes DIR/probe.json (the table, and how it was made)
-and DIR/pca.png: some test images, and below them, for each noise level and encoder, a row with the first three
-principal components of their patch features as colours.
+Computes the encoder's features at several noise levels, under the null label, and the accuracy of k nearest neighbours
+and of a linear probe on them, beside the accuracy for the untrained network. Prints a table, and writes DIR/probe.json
+(the table and how it was made) and DIR/pca.png: a row of test images, and for each noise level and encoder a row with
+the first three principal components of their patch features as colours.
 """
 
 import logging
@@ -46,67 +46,57 @@ from sddit_jax.runs.reporting import save_grid
 log = logging.getLogger("sddit_jax")
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
-OUTPUT = flags.DEFINE_string("output", None, "Folder to write to; it is made. Left out: WORKDIR/probe.")
-SOURCE = flags.DEFINE_string("source", "", "Images to fit probes: digits, folder:PATH, tfds:NAME or latents:PATH. Left "
-                             "out: the run's.")  # fmt: skip
-SPLIT = flags.DEFINE_string("split", "", "Which of them. Left out: train, or of the run's images the run's split.")
-TEST_SOURCE = flags.DEFINE_string("test_source", "", "Images to test probes. Left out: the same source.")
-TEST_SPLIT = flags.DEFINE_string(
-    "test_split", "", "Which of them. Left out: the source's validation or test split, or else a random fifth."
+OUTPUT = flags.DEFINE_string("output", None, "Folder to write to; it is made if missing. Left out: WORKDIR/probe.")
+SOURCE = flags.DEFINE_string(
+    "source", "", "Images to fit probes: digits, folder:PATH, tfds:NAME or latents:PATH. Left out: the run's images."
 )
-NUM_TRAIN = flags.DEFINE_integer("num_train", 50_000, "At most so many images fit the probes.", lower_bound=1)
-NUM_TEST = flags.DEFINE_integer("num_test", 10_000, "At most so many images test them.", lower_bound=1)
-SIGMAS = flags.DEFINE_string("sigmas", "", "Noise levels such as 0.002,0.5,2. Left out: the smallest, 0.5 and 2.")
-BLOCKS = flags.DEFINE_string("blocks", "last", "Whose outputs are probed: last, all, or numbers from 1 such as 3,5.")
+SPLIT = flags.DEFINE_string("split", "", "Split of --source. Left out: train, or for the run's images the run's split.")
+TEST_SOURCE = flags.DEFINE_string("test_source", "", "Images to test probes. Left out: as --source.")
+TEST_SPLIT = flags.DEFINE_string(
+    "test_split", "", "Split of --test_source. Left out: a validation or test split, or a random fifth of --source."
+)
+NUM_TRAIN = flags.DEFINE_integer("num_train", 50_000, "Largest number of images that fit the probes.", lower_bound=1)
+NUM_TEST = flags.DEFINE_integer("num_test", 10_000, "Largest number of images that test the probes.", lower_bound=1)
+SIGMAS = flags.DEFINE_string("sigmas", "", "Noise levels such as 0.002,0.5,2. Left out: the lowest one, 0.5 and 2.")
+BLOCKS = flags.DEFINE_string("blocks", "last", "Blocks whose outputs are probed: last, all, or numbers from 1, as 3,5.")
 ENCODERS = flags.DEFINE_list(
-    "weights", [], f"Which encoders: of {','.join(WEIGHTS)}. Left out: ema, and teacher if there is one of its own."
+    "weights", [], f"Encoders to probe, of {','.join(WEIGHTS)}. Left out: ema, and teacher if the run has its own."
 )
 PICTURES = flags.DEFINE_integer("pictures", 8, "Images in pca.png.", lower_bound=1)
-VAE = flags.DEFINE_string(
-    "vae", None, "Autoencoder that decodes latents for pca.png. Left out: the run's setting, which may be none."
-)
-SEED = flags.DEFINE_integer("seed", 0, "Of the choice of images and of their noise.", 0, 2**31 - 1)
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images that a device computes at a time.", lower_bound=1)
-STEP = flags.DEFINE_integer("checkpoint_step", None, "Step of the checkpoint. Left out: the newest that is intact.")
+VAE = flags.DEFINE_string("vae", None, "Autoencoder that decodes latents for pca.png. Left out: codec.autoencoder.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the choice of images and of their noise.", 0, 2**31 - 1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images in a batch, on each device.", lower_bound=1)
+STEP = flags.DEFINE_integer("checkpoint_step", None, "Step of the checkpoint. Left out: the newest intact one.")
 flags.adopt_module_key_flags(process_flags)
-
-# How the probes are fitted, for the record.
-PROBES = {
-    "knn": {"neighbours": NEIGHBOURS, "temperature": TEMPERATURE, "similarity": "cosine"},
-    "linear": {"l2_candidates": PROBE_L2, "l2_chosen_on": "the last fifth of the training images"},
-}
 
 
 def parse_sigmas(spec: str, sigma_min: float, sigma_max: float) -> list[float]:
-    """Noise levels from a list; empty: sigma_min, 0.5, 2. Raises UserError for one that the diffusion does not have."""
+    """The noise levels of a text such as "0.002,0.5"; [sigma_min, 0.5, 2] of "". Raises UserError for any other."""
     if not spec:
         return [sigma_min, 0.5, 2.0]
-    try:
-        sigmas = [float(sigma) for sigma in spec.split(",")]
-    except ValueError as error:
-        raise UserError(f"--sigmas={spec} is not numbers such as 0.002,0.5,2") from error
-    for sigma in sigmas:
-        if not sigma_min <= sigma <= sigma_max:
-            raise UserError(f"--sigmas has {sigma:g}, but the run's noise levels are {sigma_min:g} to {sigma_max:g}")
-    return sigmas
+    return _numbers("sigmas", spec, float, "numbers such as 0.002,0.5,2", "the noise levels", sigma_min, sigma_max)
 
 
 def parse_blocks(spec: str, depth: int) -> list[int]:
-    """Numbers of blocks from last, all or a list. Raises UserError for one that the encoder does not have."""
+    """The numbers of blocks, from 1, of a text "last", "all" or "3,5". Raises UserError for any other."""
     if spec in ("last", "all"):
         return [depth] if spec == "last" else list(range(1, depth + 1))
+    return _numbers("blocks", spec, int, "last, all or numbers such as 3,5", "the encoder's blocks", 1, depth)
+
+
+def _numbers(flag: str, spec: str, kind: type, right: str, what: str, least: float, most: float) -> list[Any]:
     try:
-        blocks = [int(block) for block in spec.split(",")]
+        numbers = [kind(number) for number in spec.split(",")]
     except ValueError as error:
-        raise UserError(f"--blocks={spec} is not last, all or numbers such as 3,5") from error
-    for block in blocks:
-        if not 1 <= block <= depth:
-            raise UserError(f"--blocks has {block}, but the encoder's blocks are 1 to {depth}")
-    return blocks
+        raise UserError(f"--{flag}={spec} is not {right}") from error
+    for number in numbers:
+        if not least <= number <= most:
+            raise UserError(f"--{flag} has {number:g}, but {what} are {least:g} to {most:g}")
+    return numbers
 
 
 def main() -> None:
-    """Probes what the flags say."""
+    """Probes the encoders that the flags name."""
     if not WORKDIR.value:
         raise UserError("--workdir=RUN is needed")
     for name in ENCODERS.value:
@@ -114,7 +104,7 @@ def main() -> None:
             raise UserError(f"--weights has {name!r}; there are {', '.join(WEIGHTS)}")
     process_flags.start_processes()
     workdir = Path(WORKDIR.value).expanduser()
-    # Weights are split over all devices, and gathered block by block.
+    # The weights are split over all devices; each block gathers its own.
     mesh = sharding.make_mesh(ParallelConfig(data=1, fsdp=-1))
     config, encoders, meta = load_encoders(workdir, mesh, ENCODERS.value, STEP.value)
     parts = make_parts(config, make_hooks(mesh, config.model, trained=True))
@@ -150,7 +140,8 @@ def main() -> None:
         "codec": meta["codec"],
         "latents": "means of the moments" if parts.codec.name == "latents" else None,
         "chance": chance(train, test),
-        **PROBES,
+        "knn": {"neighbours": NEIGHBOURS, "temperature": TEMPERATURE, "similarity": "cosine"},
+        "linear": {"l2_candidates": PROBE_L2, "l2_chosen_on": "the last fifth of the training images"},
         "untrained": {"seed": config.seed},
         "rows": rows,
         "pca": {
@@ -163,11 +154,11 @@ def main() -> None:
         write_json(output / "probe.json", record)
         save_grid(np.concatenate([images_BHWC, components_BHW3]), output / "pca.png", columns=len(images_BHWC))
     _show(record)
-    log.info("%s; pca.png shows, from the top: %s", output, ", ".join(record["pca"]["rows"]))
+    log.info("written to %s; rows of pca.png from the top: %s", output, ", ".join(record["pca"]["rows"]))
 
 
 def _output(workdir: Path) -> Path:
-    """The folder to write to, which is there and takes files."""
+    """Makes the folder to write to. Raises UserError if it takes no files."""
     output = Path(OUTPUT.value).expanduser() if OUTPUT.value else workdir / "probe"
     with explained(f"--output={output}", UserError):
         output.mkdir(parents=True, exist_ok=True)
@@ -176,7 +167,6 @@ def _output(workdir: Path) -> Path:
 
 
 def _show(record: Mapping[str, Any]) -> None:
-    """Prints the table, and above it on what the probes were fitted and tested."""
     train, test = record["data"]["train"], record["data"]["test"]
     counts = f"{train['count']:,} images of {train['source']}, tested on {test['count']:,} of {test['source']}"
     print(f"step {record['checkpoint_step']}; fitted on {counts}; chance {record['chance']:.1%}")

@@ -1,13 +1,13 @@
 """Draws samples: python -m sddit_jax.sample --workdir=RUN --output=DIR --num_samples=N.
 
-Writes DIR/samples.npz (`arr_0` uint8 NHWC, `arr_1` int32 labels), DIR/samples.json (how they were made), DIR/grid.png;
-with --format=png DIR/images/INDEX.png and DIR/labels.txt instead of the npz. Of a model of latents --vae decodes them;
-without it these are latents.npz (float32, as an autoencoder's decoder takes them), latents.json, and a grid in false
-colours. --strip and --class_grid write pictures, with --num_samples=0 these alone.
+Writes DIR/samples.npz (arr_0: uint8 [N, H, W, C]; arr_1: int32 labels), DIR/samples.json (how they were made) and
+DIR/grid.png. --format=png writes DIR/images/INDEX.png and DIR/labels.txt instead of the npz file. The samples of a
+network of latents need --vae; without it they are latents.npz (float32, as an autoencoder's decoder takes them),
+latents.json, and a grid in false colours. --strip and --class_grid add pictures; --num_samples=0 leaves all else out.
 
-Image i is a function of --seed, i and its label: up to rounding, or bit for bit on the same devices with the same
---batch_size. So --first=I --num_samples=N draws images I to I + N - 1 of a larger set. The same command goes on after
-an interruption, and ends with the same bytes.
+Image i depends on --seed, on i and on its label: up to rounding, or bit for bit on the same devices with the same
+--batch_size. So --first=I --num_samples=N draws images I to I + N - 1 of a larger set. After an interruption the same
+command continues, and ends with the same bytes.
 """
 
 import dataclasses
@@ -37,19 +37,17 @@ from sddit_jax.sampling.sampler import make_sample, schedule
 
 log = logging.getLogger("sddit_jax")
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run whose EMA weights are used.")
-OUTPUT = flags.DEFINE_string("output", None, "Folder to write to; it is made.")
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", 100, "How many images.", lower_bound=0)
-FIRST = flags.DEFINE_integer("first", 0, "Index of the first image: several jobs can share the work.", lower_bound=0)
-FORMAT = flags.DEFINE_enum("format", "npz", ["npz", "png"], "One file for an evaluator, or a folder of pictures.")
-STRIP = flags.DEFINE_bool("strip", False, "Also strip.png: four images, denoised, at up to ten of the noise levels.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; its EMA weights are used.")
+OUTPUT = flags.DEFINE_string("output", None, "Folder to write to; it is made if it is missing.")
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 100, "Number of images.", lower_bound=0)
+FIRST = flags.DEFINE_integer("first", 0, "Index of the first image, so that several jobs can draw one set.", 0)
+FORMAT = flags.DEFINE_enum("format", "npz", ["npz", "png"], "One npz file, as evaluators read it, or a PNG an image.")
+STRIP = flags.DEFINE_bool("strip", False, "Also write strip.png: four images, denoised, at up to ten noise levels.")
 CLASS_GRID = flags.DEFINE_bool(
-    "class_grid",
-    False,
-    "Also class_grid.png: a row for each of --labels or of ten classes, the same noise in a column.",
+    "class_grid", False, "Also write class_grid.png: rows for --labels or ten classes, a column for each noise."
 )
-LABELS = flags.DEFINE_string("labels", "balanced", "balanced, random, or class labels such as 3,1,4 that are repeated.")
-# Each stands for a key of the run's config.sampling.
+LABELS = flags.DEFINE_string("labels", "balanced", "balanced, random, or class labels such as 3,1,4, repeated.")
+# A flag for each key of the section `sampling`, but for those of the grids that a run draws while it trains.
 DEFINE = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
 SETTINGS = {
     field.name: DEFINE.get(field.type, flags.DEFINE_list)(
@@ -59,38 +57,32 @@ SETTINGS = {
     if field.name not in ("every", "grid")
 }
 GUIDE = flags.DEFINE_string("guide", None, "Folder of a weaker run, whose EMA weights guide instead of the null label.")
-GUIDE_STEP = flags.DEFINE_integer("guide_step", None, "Step of its checkpoint. Left out: the newest that is intact.")
-VAE = flags.DEFINE_string(
-    "vae", None, "Autoencoder that decodes latents. Left out: the run's setting, which may be none."
-)
-SEED = flags.DEFINE_integer("seed", 0, "Image i is a function of seed, i and its label.", 0, 2**31 - 1)
+GUIDE_STEP = flags.DEFINE_integer("guide_step", None, "Step of its checkpoint. Left out: the newest intact one.")
+VAE = flags.DEFINE_string("vae", None, "Autoencoder that decodes latents. Left out: the run's codec.autoencoder.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise and of random labels.", 0, 2**31 - 1)
 BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size",
-    64,
-    "Images computed at a time, over all devices: a multiple of them. Part of a batch takes as long as all.",
-    lower_bound=1,
+    "batch_size", 64, "Images in a batch, over all devices; a multiple of their number. A batch is computed whole.", 1
 )
-STEP = flags.DEFINE_integer("checkpoint_step", None, "Step of the checkpoint. Left out: the newest that is intact.")
+STEP = flags.DEFINE_integer("checkpoint_step", None, "Step of the checkpoint. Left out: the newest intact one.")
 flags.adopt_module_key_flags(process_flags)
 
 
 def settings() -> dict[str, Any]:
-    """The keys of config.sampling that flags set."""
+    """The keys of the section `sampling` that flags set."""
     given = {key: flag.value for key, flag in SETTINGS.items() if flag.value is not None}
     try:
         return {key: [float(v) for v in value] if isinstance(value, list) else value for key, value in given.items()}
     except ValueError as error:
-        raise UserError(
-            f"--guidance_interval={','.join(given['guidance_interval'])} is not numbers such as 0.3,5"
-        ) from error
+        interval = ",".join(given["guidance_interval"])
+        raise UserError(f"--guidance_interval={interval} is not numbers such as 0.3,5") from error
 
 
 def main() -> None:
-    """Draws what the flags say."""
+    """Draws the images and the pictures that the flags ask for."""
     if not WORKDIR.value or not OUTPUT.value:
         raise UserError("--workdir=RUN and --output=DIR are needed")
     if not (NUM_SAMPLES.value or STRIP.value or CLASS_GRID.value):
-        raise UserError("--num_samples=0 is for --strip and --class_grid")
+        raise UserError("--num_samples=0 is for --strip and --class_grid; set one of them")
     process_flags.start_processes()
     ema, meta = open_checkpoints(Path(WORKDIR.value).expanduser()).restore_ema(step=STEP.value)
     config = resolve({**meta["config"], "sampling": {**meta["config"]["sampling"], **settings()}}, bool(GUIDE.value))
@@ -148,17 +140,15 @@ def main() -> None:
 
 
 def _indices() -> range:
-    """The indices of the images that are asked for."""
     indices = range(FIRST.value, FIRST.value + NUM_SAMPLES.value)
-    # A batch may end behind the last image.
+    # The last batch, with indices behind the last image, must fit in int32.
     last = 2**31 - BATCH_SIZE.value
     if indices.stop > last:
-        raise UserError(f"--first={FIRST.value} --num_samples={NUM_SAMPLES.value}: indices end at {last}")
+        raise UserError(f"--first={FIRST.value} --num_samples={NUM_SAMPLES.value}: indices end at {last - 1}")
     return indices
 
 
 def _sampler_record(sampling: SamplingConfig, noise_levels: np.ndarray) -> dict[str, Any]:
-    """How images are drawn."""
     churn = {key: getattr(sampling, key) for key in ("s_churn", "s_min", "s_max", "s_noise")}
     return {
         "sampler": {
@@ -175,16 +165,15 @@ def _sampler_record(sampling: SamplingConfig, noise_levels: np.ndarray) -> dict[
 
 
 def _classes(num_classes: int) -> np.ndarray:
-    """The rows of the class grid."""
+    """The class label of each row of class_grid.png."""
     if not num_classes:
-        raise UserError("--class_grid, but the model was trained without labels")
+        raise UserError("--class_grid needs classes, but the network was trained without labels")
     if LABELS.value in ("balanced", "random"):
         return np.linspace(0, num_classes - 1, min(num_classes, 10)).round().astype(np.int32)
     return labels_of(LABELS.value, range(LABELS.value.count(",") + 1), num_classes, SEED.value)
 
 
 def _environment(model: ModelConfig) -> str:
-    """What samples are computed on: versions, devices, and the kernel of attention."""
     device = jax.devices()[0]
     words = [f"{name} {version}" for name, version in versions().items()]
     kernel = f"attention {attention_kernel(model, device, trained=True)}"

@@ -1,5 +1,6 @@
 """The training loop: the only place that orders effects."""
 
+import dataclasses
 import errno
 import hashlib
 import logging
@@ -9,7 +10,6 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-import grain
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -41,9 +41,9 @@ log = logging.getLogger("sddit_jax")
 
 
 def train(config: Config, workdir: Path) -> None:
-    """Trains until config.steps, from the newest intact checkpoint in workdir if there is one.
+    """Trains to step config.steps, from the newest intact checkpoint in workdir if there is one.
 
-    Raises ConfigError, DataError or CheckpointError before the first step; Diverged or Interrupted after saving.
+    Raises ConfigError, DataError or CheckpointError before the first step, and Diverged or Interrupted after saving.
     """
     run = _open_run(config, workdir)
     checkpointer = Checkpointer(
@@ -52,19 +52,13 @@ def train(config: Config, workdir: Path) -> None:
     state = _first_state(run, checkpointer)
     start = int(state["step"])
     if start > config.steps:
-        raise ConfigError(
-            f"{workdir} is at step {start}, past steps {config.steps}; raise steps or use another --workdir"
-        )
+        raise ConfigError(f"{workdir} is at step {start}, past steps {config.steps}; raise steps or change --workdir")
     evaluators = make_evaluators(run, start)
     _print_plan(run, state, start)
-    with (
-        _full_disk_explained(workdir),
-        closing(checkpointer),
-        closing(_open_log(run, start, evaluators)) as metrics_log,
-    ):
-        # From here on a run saves before it stops.
+    with _disk_explained(workdir), closing(checkpointer), closing(_open_log(run, start, evaluators)) as metrics_log:
+        # From here on a signal makes the run save before it stops.
         with stop_requests() as stopped_by:
-            # Whoever sees config.json may stop any of the processes.
+            # All processes catch signals before config.json appears: whoever waits for the file may then send one.
             multihost_utils.sync_global_devices("the run begins")
             if jax.process_index() == 0:
                 write_config(workdir, config)
@@ -73,46 +67,58 @@ def train(config: Config, workdir: Path) -> None:
         loop.finish(state)
 
 
+@dataclasses.dataclass
 class _Loop:
-    """The steps, and what is done at their intervals.
+    """Computes the steps, and writes after each of them, in this order: row, checkpoint, evaluations, pictures.
 
-    The order of effects: a step's row, its checkpoint, its evaluations, its pictures. So a run that ends between any
-    two of them, and starts again, leaves the same as one that never ended.
+    This order lets a run that ends between two effects, and starts again, leave the same files as one that never ended.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        start: int,
-        evaluators: Sequence[Evaluator],
-        checkpointer: Checkpointer,
-        metrics_log: MetricsLog,
-        stopped_by: Callable[[], str],
-    ) -> None:
-        self.run, self.config, self.start, self.evaluators = run, run.config, start, evaluators
-        self.checkpointer, self.metrics_log, self.stopped_by = checkpointer, metrics_log, stopped_by
-        self.meter = Meter(run.config, start, metrics_log, self._say)
-        kernel = attention_kernel(run.config.model, run.mesh.devices.flat[0])
-        self.meta = {"config": border.to_dict(run.config), "codec": run.codec, "attention": kernel}
+    run: Run
+    start: int
+    evaluators: Sequence[Evaluator]
+    checkpointer: Checkpointer
+    metrics_log: MetricsLog
+    stopped_by: Callable[[], str]
+
+    def __post_init__(self) -> None:
+        self.config = self.run.config
+        self.meter = Meter(self.config, self.start, self.metrics_log, self._say)
+        kernel = attention_kernel(self.config.model, self.run.mesh.devices.flat[0])
+        self.meta = {"config": border.to_dict(self.config), "codec": self.run.codec, "attention": kernel}
         self._pin()
 
     def steps(self, state: State) -> State:
-        """Steps start + 1 to config.steps. The device is never waited for: step k's metrics are read during k + 1."""
+        """Computes steps start + 1 to config.steps; reads the metrics of step k while the devices compute k + 1."""
         start, last = self.start, self.config.steps
         if start == last and (skipped := int(state["skipped"])):
             raise self._diverged(start, skipped)
         layout = jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(self.run.mesh)
         train_step = jax.jit(make_train_step(self.run.parts), donate_argnums=0, out_shardings=layout)
-        with closing(self.meter), closing(self._open_loader()) as loader:
+        data = self.config.data
+        loader = make_loader(
+            self.run.source,
+            batch_size=self.config.batch_size,
+            rows=sharding.local_rows(self.run.mesh, self.config.batch_size),
+            seed=self.config.seed,
+            start_step=start,
+            flip=data.flip,
+            num_threads=1 if data.in_memory else data.num_threads,
+            prefetch=data.prefetch,
+        )
+        with closing(self.meter), closing(loader):
             if start:
-                # The rows of its evaluations were cut, and a run that was stopped before has none.
+                # `_open_log` deleted their rows, and a run that stopped right after its checkpoint has not written any.
                 self._evaluate(start, state)
             for step in range(start + 1, last + 1):
                 batch = self._next_batch(loader, step, state)
-                # What the devices would wait for raises: only metrics cross to the host, and explicitly.
+                # An implicit transfer, which would make the devices wait, raises an error.
                 with jax.transfer_guard("disallow"):
                     state, metrics = train_step(state, batch)
-                    self._report(step, metrics, state, batch)
+                    due = self._due(step, joins_step=True)
+                    for evaluator in due:
+                        metrics |= evaluator.measure(state, Moment(step, batch=batch))
+                    self.meter.add(step, metrics, row=bool(due))
                 self._save_if_due(step, state)
                 self._evaluate(step, state)
                 if self.config.sampling.every and step % self.config.sampling.every == 0 and step < last:
@@ -124,47 +130,31 @@ class _Loop:
         return state
 
     def finish(self, state: State) -> None:
-        """The last pictures, and which checkpoints were the best."""
+        """Draws the last pictures, and names the best checkpoints."""
         path = self._save_pictures(self.config.steps, state)
         log.info("%d steps done; samples: %s", self.config.steps, path)
         for evaluator in self.evaluators:
             if evaluator.best is not None:
                 log.info("the lowest %s: checkpoint %d, kept", evaluator.name, evaluator.best)
 
-    def _open_loader(self) -> grain.DatasetIterator[Batch]:
-        data = self.config.data
-        return make_loader(
-            self.run.source,
-            batch_size=self.config.batch_size,
-            rows=sharding.local_rows(self.run.mesh, self.config.batch_size),
-            seed=self.config.seed,
-            start_step=self.start,
-            flip=data.flip,
-            num_threads=1 if data.in_memory else data.num_threads,
-            prefetch=data.prefetch,
-        )
-
     def _next_batch(self, loader: Iterator[Batch], step: int, state: State) -> dict[str, jax.Array]:
-        """The batch of a step. state: that of the step before, which is saved if the data cannot be read."""
+        """The batch of a step. If its data cannot be read, saves `state`, that of the step before, and raises."""
         began = time.monotonic()
         try:
             rows = next(loader)
         except DataError:
-            self._save_before_leaving(step - 1, state)
+            # Only a run of one process can save: other processes may have read their data and not come.
+            if step > 1 and jax.process_count() == 1:
+                self._save(step - 1, state)
+                self.checkpointer.wait()
+                log.warning("step %d is saved in %s", step - 1, self.run.workdir)
             raise
         batch = sharding.put_batch(self.run.mesh, {name: x for name, x in rows.items() if name != "index"})
         self.meter.waited += time.monotonic() - began
         return batch
 
-    def _report(self, step: int, metrics: dict[str, jax.Array], state: State, batch: Mapping[str, jax.Array]) -> None:
-        """Measures what joins the step, and reads the metrics of the step before."""
-        due = self._due(step, joins_step=True)
-        for evaluator in due:
-            metrics |= evaluator.measure(state, Moment(step, batch=batch))
-        self.meter.add(step, metrics, row=bool(due))
-
     def _save_if_due(self, step: int, state: State) -> None:
-        """Saves at the interval, at the end, and before leaving: when asked to stop, and when the run has diverged."""
+        """Saves at the interval, at the end, after a signal, and when the run has diverged."""
         last = step == self.config.steps
         diverged = self.meter.skipped >= self.config.optimizer.max_skipped
         stopped = self.stopped_by()
@@ -177,7 +167,7 @@ class _Loop:
             self._leave(stopped, step, state)
 
     def _save(self, step: int, state: State) -> None:
-        # Rows first: a run killed in between would continue after the checkpoint and lack them.
+        # Rows first: a run that is killed in between continues after the checkpoint, and would lack them.
         self.meter.flush()
         self.checkpointer.save(step, state, self.meta)
 
@@ -186,26 +176,18 @@ class _Loop:
         self.checkpointer.wait()
         raise Interrupted(f"{stopped}: saved step {step} in {self.run.workdir}; the same command continues")
 
-    def _save_before_leaving(self, step: int, state: State) -> None:
-        """Saves what was done before data that cannot be read. Alone: other processes may not have met it."""
-        if jax.process_count() > 1 or not step:
-            return
-        self._save(step, state)
-        self.checkpointer.wait()
-        log.warning("step %d is saved in %s", step, self.run.workdir)
-
     def _due(self, step: int, joins_step: bool) -> list[Evaluator]:
         return [e for e in self.evaluators if e.joins_step == joins_step and e.due(step)]
 
     def _evaluate(self, step: int, state: State) -> None:
-        """Measures what has rows of its own. A request to stop need not wait for it: the step can be saved first."""
+        """Writes the rows of evaluators that have their own. A signal ends the measurement and saves the step."""
 
         def check() -> None:
             if stopped := self.stopped_by():
                 self._leave(stopped, step, state)
 
         for evaluator in self._due(step, joins_step=False):
-            # What training still computes is not the time of this.
+            # So that the time of the measurement has no step in it.
             self.meter.flush()
             jax.block_until_ready(state)
             began = time.monotonic()
@@ -230,7 +212,7 @@ class _Loop:
         )
 
     def _save_pictures(self, step: int, state: State) -> Path:
-        """The same noise and labels each time, so that one sees the same images improve."""
+        """Writes a grid of samples, with the same noise and labels at each step, and returns its path."""
         labels = balanced_labels(self.config.sampling.grid, self.config.model.num_classes)
         pictures = self.run.generate(state["ema"]["default"], self.config.seed, labels)
         path = self.run.workdir / "samples" / f"{step}.png"
@@ -240,7 +222,7 @@ class _Loop:
 
 
 def _open_run(config: Config, workdir: Path) -> Run:
-    """All that a run is made of, checked against each other and against what workdir holds."""
+    """Opens the parts of a run, and checks that they fit each other and the run in workdir."""
     mesh = sharding.make_mesh(config.parallel)
     sharding.check_batch(mesh, config.batch_size, config.parallel.microbatches)
     sharding.check_width(mesh, config.model.width)
@@ -253,7 +235,7 @@ def _open_run(config: Config, workdir: Path) -> Run:
 
 
 def _first_state(run: Run, checkpointer: Checkpointer) -> State:
-    """The newest intact checkpoint; else the weights that the config names; else fresh ones."""
+    """The state of the newest intact checkpoint; else from the weights of init_from; else fresh."""
     config, parts = run.config, run.parts
     abstract = sharding.abstract_state(parts, run.mesh)
     if (restored := checkpointer.restore(abstract)) is not None:
@@ -268,7 +250,7 @@ def _first_state(run: Run, checkpointer: Checkpointer) -> State:
 
 
 def _open_log(run: Run, start: int, evaluators: Sequence[Evaluator]) -> MetricsLog:
-    """Cuts the rows after the start, and those that the evaluators will write again."""
+    """Opens the metrics log, without rows after the start and rows that the evaluators will write again."""
     config = run.config
     repeated = {e.name for e in evaluators if start and not e.joins_step and e.due(start)}
     wandb_run = {
@@ -288,8 +270,8 @@ def _open_log(run: Run, start: int, evaluators: Sequence[Evaluator]) -> MetricsL
 
 
 @contextmanager
-def _full_disk_explained(workdir: Path) -> Iterator[None]:
-    """Turns what a full or read-only disk raises, wherever the run writes, into a CheckpointError."""
+def _disk_explained(workdir: Path) -> Iterator[None]:
+    """Turns what a full or read-only disk raises into a CheckpointError."""
     try:
         yield
     except OSError as error:
@@ -303,12 +285,7 @@ def _print_plan(run: Run, state: State, start: int) -> None:
     counts = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in trees.items()}
     sizes = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     config, m = run.config, run.config.model
-    log.info("model: %s parameters (%s)", f"{sum(counts.values()):,}", sizes)
-    log.info(
-        "data: %s, %s images of %dx%dx%d, %d classes",
-        run.source.name, f"{len(run.source):,}", m.image_size, m.image_size, m.channels, m.num_classes,
-    )  # fmt: skip
-    log.info(
-        "plan: from step %s to %s, %d images each, on %d %s device(s)",
-        f"{start:,}", f"{config.steps:,}", config.batch_size, run.mesh.size, jax.default_backend(),
-    )  # fmt: skip
+    shape, devices = f"{m.image_size}x{m.image_size}x{m.channels}", f"{run.mesh.size} {jax.default_backend()} device(s)"
+    log.info(f"model: {sum(counts.values()):,} parameters ({sizes})")
+    log.info(f"data: {run.source.name}, {len(run.source):,} images of {shape}, {m.num_classes} classes")
+    log.info(f"plan: from step {start:,} to {config.steps:,}, {config.batch_size} images each, on {devices}")

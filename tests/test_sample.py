@@ -65,7 +65,7 @@ class TestLabels:
 
     @pytest.mark.parametrize(
         ("spec", "classes", "message"),
-        [("1,7", 7, "7, but the model's classes are 0 to 6"), ("a", 7, "not balanced"), ("1", 0, "without labels")],
+        [("1,7", 7, "7, but the model's labels are 0 to 6"), ("a", 7, "not balanced"), ("1", 0, "without labels")],
     )
     def test_wrong_labels_are_explained(self, spec, classes, message):
         with pytest.raises(UserError, match=message):
@@ -230,7 +230,7 @@ class TestDrawing:
                 draw_samples(make_model(1), folder_of(tmp_path, batch_size=6))
         assert not caplog.messages
         draw_samples(make_model(4), SampleFolder(tmp_path, RECORD, "4 x cpu", range(20), 6))
-        assert any("was begun on 1 x cpu and goes on on 4 x cpu" in message for message in caplog.messages)
+        assert any("was begun on 1 x cpu and is continued on 4 x cpu" in message for message in caplog.messages)
         assert any("batches of 6 take as long as batches of 8" in message for message in caplog.messages)
         assert np.abs(images_of(tmp_path) - images_of(whole)).max() <= 2
         record = json.loads((tmp_path / "samples.json").read_text())
@@ -250,7 +250,7 @@ class TestFolder:
         with pytest.raises(UserError, match="autoencoder_weights '' instead of 'a'"):
             folder_of(tmp_path, record=RECORD | {"autoencoder_weights": "a"}).begin()
         (tmp_path / "latents.json").rename(tmp_path / "latents.npz")
-        with pytest.raises(UserError, match=r"latents.npz, and no record"):
+        with pytest.raises(UserError, match=r"latents.npz without a record"):
             folder_of(tmp_path).begin()
 
     def test_a_damaged_picture_is_computed_again(self, tmp_path):

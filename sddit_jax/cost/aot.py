@@ -1,4 +1,4 @@
-"""A run's programs compiled for a TPU topology, on a machine that has no TPU, and what is read off them."""
+"""Compiles a run's programs for a TPU topology without a TPU, and reads memory, arithmetic and collectives off them."""
 
 import collections
 import dataclasses
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from sddit_jax.config.border import flatten
 from sddit_jax.config.parts import make_parts
 from sddit_jax.config.schema import Config
 from sddit_jax.cost import flops, hlo
@@ -26,18 +27,18 @@ from sddit_jax.parallel.rows import full_size, split_rows
 from sddit_jax.parallel.sharding import abstract_state
 from sddit_jax.sampling.sampler import make_sample
 
-# XLA's effort level O0: the least time spent on the speed of the program.
+# XLA's effort level O0: XLA spends the least time on making the program fast.
 QUICK_OPTIONS = {"optimization_level": 9}
 GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A generation of TPUs. A JAX device is a chip, but for v3, where it is one of a chip's two cores."""
+    """A generation of TPUs. A JAX device is a chip; for v3 it is one of the two cores of a chip."""
 
-    usable_gib: float  # of a device's memory, what the compiler lets a program have
-    peak_tflops: float  # of a device, bfloat16
-    devices: int = 1
+    usable_gib: float  # memory of a device that the compiler lets a program use
+    peak_tflops: float  # of a device, in bfloat16
+    devices: int = 1  # of a chip
     options: tuple[tuple[str, Any], ...] = ()
 
 
@@ -49,7 +50,7 @@ CHIPS = {
     "v6e": Chip(31.24, 918),
 }
 
-# Why a program has a collective, by its kind and where in the traced function it is from.
+# (kind of a collective, pattern of its op_name, what it sends): the first row that fits says why a program has it.
 PURPOSES = (
     ("all-gather", r"transpose\(.*stack/", "weights of a block, for the backward pass"),
     ("all-gather", r"stack/", "weights of a block, for the forward passes of student and teacher"),
@@ -65,7 +66,7 @@ PURPOSES = (
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a run would take of each device of a topology."""
+    """What a run takes on a topology; memory is that of one device."""
 
     topology: str
     chips: int
@@ -76,20 +77,20 @@ class Report:
     parameters: int
     usable_gib: float
     state_gib: float
-    peak_gib: float  # of the train step, the state included; what the compiler asked for if it does not fit
-    sampler_peak_gib: float | None  # None if it was not compiled
+    peak_gib: float  # of the train step, with the state; if it does not fit, what the compiler asked for
+    sampler_peak_gib: float | None  # None if the sampler was not compiled
     fits: bool
-    flops_per_image: dict[str, float]  # by part, on paper
+    flops_per_image: dict[str, float]  # of a training step, by part, as `flops.training` counts
     compiled_flops_per_image: float
     collectives: list[dict[str, Any]]
     compile_seconds: dict[str, float]
-    speed: dict[str, dict[str, float]]  # by the share of the peak that is reached
+    speed: dict[str, dict[str, float]]  # if this fraction of the peak FLOP/s is reached
 
 
 def devices_of(topology: str) -> tuple[list[jax.Device], Chip]:
-    """The devices of a topology such as v5e:4x4 or v4:2x2x4, which may be compiled for but not used.
+    """The devices of a topology such as v5e:4x4 or v4:2x2x4, for compilation only, and their generation.
 
-    Raises UserError for a topology that there is not, or without libtpu.
+    Raises UserError if there is no such topology, or if libtpu is not installed.
     """
     generation, _, shape = topology.partition(":")
     if generation not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
@@ -98,7 +99,7 @@ def devices_of(topology: str) -> tuple[list[jax.Device], Chip]:
         )
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("the TPU compiler is not installed: pip install -e '.[tpu]'; no TPU is needed")
-    # Without these libtpu looks for a TPU's metadata server, and says at length that there is none.
+    # Without these libtpu looks for the metadata server of a TPU VM, and prints that it found none.
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -109,7 +110,7 @@ def devices_of(topology: str) -> tuple[list[jax.Device], Chip]:
     }.items():
         os.environ.setdefault(name, value)
     chip = CHIPS[generation]
-    # A host has 2 x 2 chips, or the one of the smallest slice.
+    # A host has 2 x 2 chips; the smallest slice has one.
     bounds = [min(int(size), 2) for size in shape.split("x")[:2]] + [1]
     options = dict(chip.options, chips_per_host_bounds=bounds)
     try:
@@ -119,7 +120,7 @@ def devices_of(topology: str) -> tuple[list[jax.Device], Chip]:
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape, dtype and layout of a batch of the train step."""
+    """A batch of the train step as `jax.ShapeDtypeStruct`s with their shardings."""
     m, rows = config.model, sharding.batch_sharding(mesh)
     image = (m.image_size, m.image_size, m.channels)
     batch = {"label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32, sharding=rows)}
@@ -131,14 +132,14 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
 
 
 def state_bytes(state: Any) -> int:
-    """Bytes of an abstract state on each of its devices."""
+    """The bytes that an abstract state takes on each device."""
     return sum(
         leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state)
     )
 
 
 def lower_train_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
-    """The train step as `train` runs it."""
+    """The train step, lowered as `train` runs it."""
     parts = make_parts(config, make_hooks(mesh, config.model))
     state = abstract_state(parts, mesh)
     layout = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -147,7 +148,7 @@ def lower_train_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
 
 
 def lower_sampler(config: Config, mesh: Mesh) -> jax.stages.Lowered:
-    """The sampler of a run's grids."""
+    """The sampler that draws a run's grids, lowered."""
     parts = make_parts(config, make_hooks(mesh, config.model))
     rows = split_rows(mesh)
     integers = jax.ShapeDtypeStruct((full_size(mesh, config.sampling.grid),), jnp.int32, sharding=rows)
@@ -158,11 +159,11 @@ def lower_sampler(config: Config, mesh: Mesh) -> jax.stages.Lowered:
 
 
 def report(config: Config, topology: str, *, sampler: bool = True, quick: bool = False) -> Report:
-    """Compiles a run's train step, and its sampler, for a topology. JAX itself has to be on CPUs (jax_platforms).
+    """Compiles a run's train step, and its sampler, for a topology. JAX has to run on the CPU (jax_platforms).
 
-    `quick` lets the compiler optimise less, for a fifth of its time: other memory by a few percent, and collectives
-    that wait where they would overlap.
-    Raises UserError, or ConfigError for a wrong mesh; a program that does not fit is a report that says so.
+    quick: the compiler optimises less, in a fifth of the time; memory differs by a few percent, and collectives overlap
+    less with other work. If a program does not fit, the report says so. Raises ConfigError for a wrong mesh, and
+    UserError as `devices_of`.
     """
     devices, chip = devices_of(topology)
     mesh = sharding.make_mesh(config.parallel, devices)
@@ -176,10 +177,10 @@ def report(config: Config, topology: str, *, sampler: bool = True, quick: bool =
     text = step.as_text() if step else ""
     analytic = flops.training(config)
     speeds = {}
-    for share in (0.3, 0.5):
-        images = share * chip.peak_tflops * 1e12 / sum(analytic.values())
+    for fraction in (0.3, 0.5):
+        images = fraction * chip.peak_tflops * 1e12 / sum(analytic.values())
         days = config.steps * config.batch_size / (images * mesh.size) / 86400
-        speeds[f"{share:.0%}"] = {"images_per_second_per_chip": images * chip.devices, "days": days}
+        speeds[f"{fraction:.0%}"] = {"images_per_second_per_chip": images * chip.devices, "days": days}
     return Report(
         topology=topology,
         chips=mesh.size // chip.devices,
@@ -202,33 +203,27 @@ def report(config: Config, topology: str, *, sampler: bool = True, quick: bool =
 
 
 def smaller(config: Config) -> Iterator[tuple[list[str], Config]]:
-    """What would take less memory, the cheapest first: flags that make it so, and the config with them."""
-    changes: dict[str, Any] = {}
+    """Yields configs that take less memory, the cheapest change first: the flags of the change, and the config."""
+    before = flatten(config)
 
-    def proposal() -> tuple[list[str], Config]:
-        parallel = {key[9:]: value for key, value in changes.items() if key.startswith("parallel.")}
-        return [f"--config.{key}={value}" for key, value in changes.items()], dataclasses.replace(
-            config,
-            parallel=dataclasses.replace(config.parallel, **parallel),
-            model=dataclasses.replace(config.model, remat=changes.get("model.remat", config.model.remat)),
-        )
+    def changed(section: str, **changes: Any) -> tuple[list[str], Config]:
+        nonlocal config
+        config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **changes)})
+        return [f"--config.{key}={x}" for key, x in flatten(config).items() if x != before[key]], config
 
     if config.parallel.fsdp == 1:
-        changes |= {"parallel.data": 1, "parallel.fsdp": -1}
-        yield proposal()
+        yield changed("parallel", data=1, fsdp=-1)
     policies = ("none", "dots", "full")
     for policy in policies[policies.index(config.model.remat) + 1 :]:
-        changes["model.remat"] = policy
-        yield proposal()
+        yield changed("model", remat=policy)
     microbatches = 2 * config.parallel.microbatches
     while config.batch_size % microbatches == 0:
-        changes["parallel.microbatches"] = microbatches
-        yield proposal()
+        yield changed("parallel", microbatches=microbatches)
         microbatches *= 2
 
 
 def _compiled(lowered: jax.stages.Lowered, quick: bool) -> tuple[jax.stages.Compiled | None, float, float]:
-    """The program, or None if it does not fit; its peak memory in GiB; the seconds it took."""
+    """The compiled program, or None if it does not fit; its peak memory in GiB; the seconds of compilation."""
     began = time.monotonic()
     try:
         program = lowered.compile(QUICK_OPTIONS if quick else None)
@@ -236,7 +231,7 @@ def _compiled(lowered: jax.stages.Lowered, quick: bool) -> tuple[jax.stages.Comp
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        # "... required for HLO temporaries (540.25G) exceeds available HBM (15.75G)", or "Used 22.3G of 15.75G hbm".
+        # The message has "... (540.25G) exceeds available HBM (15.75G)" or "Used 22.3G of 15.75G hbm".
         asked = re.search(r"\(([\d.]+)([KMGT])\) exceeds|Used ([\d.]+)([KMGT]) of", str(error))
         if asked is None:
             raise
@@ -246,7 +241,7 @@ def _compiled(lowered: jax.stages.Lowered, quick: bool) -> tuple[jax.stages.Comp
 
 
 def collectives_by_purpose(found: list[hlo.Collective]) -> list[dict[str, Any]]:
-    """Rows {kind, purpose, count, times, gib_per_step} for the collectives of a program, the largest first."""
+    """Groups the collectives of a program: rows {kind, purpose, count, times, gib_per_step}, the largest first."""
     rows: dict[tuple[str, str], list[float]] = collections.defaultdict(lambda: [0, 0, 0.0])
     for collective in found:
         matching = (

@@ -1,6 +1,6 @@
-"""The arithmetic of an image, counted on paper: matrix products only, a multiplication and an addition each.
+"""The FLOPs of an image on paper: those of its matrix products, a multiplication and an addition each.
 
-What no implementation can do without: nothing that is recomputed, and no attention to masked tokens.
+Every implementation needs them: nothing is counted that is recomputed, and no attention to masked tokens.
 """
 
 from sddit_jax.config.parts import make_parts
@@ -10,9 +10,10 @@ from sddit_jax.models.masking import visible_count
 
 
 def training(config: Config) -> dict[str, float]:
-    """Operations per image of a training step, by part: the encoder, the decoder and what the objectives add.
+    """FLOPs per image of a training step, by part: "encoder", "decoder" and what the objectives add.
 
-    A backward pass is two products for each of the forward pass; the first layers have no gradient of their input.
+    The backward pass has two products for each product of the forward pass. The embeddings need no gradient of their
+    input, so they have one.
     """
     m = config.model
     visible = visible_count(m.tokens, config.masking.ratio)
@@ -29,6 +30,6 @@ def training(config: Config) -> dict[str, float]:
 
 
 def sampling(config: Config) -> float:
-    """Operations per image of one pass of the network as a sampler calls it, without guidance."""
+    """FLOPs per image of one call of the network by a sampler without guidance."""
     m = config.model
     return arithmetic.encoder(m, m.tokens) + arithmetic.decoder(m, m.tokens)

@@ -1,19 +1,19 @@
-"""What a compiled program does, read off the text of its optimised HLO: collectives and matrix products.
+"""Reads the collectives and the matrix products of a compiled program off the text of its optimised HLO.
 
-Loops count as often as they turn; XLA's own `cost_analysis` counts the body of a loop once, and no collectives. The
-text is read because JAX gives nothing else of a compiled program: jaxlib has no Python classes for the message that
-`as_serialized_hlo_module_proto` writes, and its HloInstruction tells neither attributes nor, in 0.10, shapes.
+The body of a loop counts as often as the loop runs it; XLA's own `cost_analysis` counts it once, and no collectives.
+JAX offers no other way: jaxlib has no Python classes for the message of `as_serialized_hlo_module_proto`, and its
+HloInstruction tells no attributes and, in 0.10, no shapes.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_BYTES = {"pred": 1, "bf16": 2}
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (.*)")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 
@@ -24,8 +24,8 @@ class Collective:
 
     kind: str  # one of KINDS
     bytes: float  # sent by a device each time, by the best algorithm for a ring
-    times: int  # in a run of the program
-    op_name: str  # where in the traced function it is from
+    times: int  # how often a run of the program executes it
+    op_name: str  # its place in the traced function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,71 +45,61 @@ _Computation = Mapping[str, _Instruction]
 
 
 def collectives(text: str) -> list[Collective]:
-    """The collectives of a program, each once, however many steps it is split into to overlap with other work."""
+    """The collectives of a program. One that is split into steps, to overlap with other work, counts once."""
     found: dict[str, Collective] = {}
-
-    def visit(computation: _Computation, instruction: _Instruction, times: int, caller: _Instruction | None) -> None:
+    for computation, instruction, times, caller in _executed(text):
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS:
-            return
+            continue
         if caller is not None and "all-reduce-scatter" in caller.attributes:
-            # TPU's reduce-scatter: a fusion of an all-reduce and of the slice that is kept of it.
+            # TPU's compiler writes a reduce-scatter as a fusion of an all-reduce and a slice.
             kind = "reduce-scatter"
-        # TPU's compiler writes a collective down in each of the fusions that move a part of it, and calls them a chain.
+        # TPU's compiler repeats a collective in each fusion that moves a part of it; the chain_id connects them.
         chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
         found[chain[0] if chain else instruction.name] = Collective(
             kind, _sent_bytes(kind, computation, instruction), times, _origin(computation, instruction, caller)
         )
-
-    _walk(text, visit)
     return list(found.values())
 
 
 def matrix_flops(text: str) -> float:
-    """Floating-point operations of all matrix products and convolutions of a program, on one device."""
+    """The FLOPs of all matrix products and convolutions of a program, on one device."""
     total = 0.0
-
-    def visit(computation: _Computation, instruction: _Instruction, times: int, caller: _Instruction | None) -> None:
-        nonlocal total
-        del caller
+    for computation, instruction, times, _ in _executed(text):
         if instruction.opcode == "dot":
             total += times * _dot_flops(computation, instruction)
         elif instruction.opcode == "convolution":
             total += times * _convolution_flops(computation, instruction)
-
-    _walk(text, visit)
     return total
 
 
-def _walk(text: str, visit: Callable[[_Computation, _Instruction, int, _Instruction | None], None]) -> None:
-    """Calls visit(computation, instruction, times it runs, the instruction that calls the computation)."""
+def _executed(text: str) -> Iterator[tuple[_Computation, _Instruction, int, _Instruction | None]]:
+    """Yields (computation, instruction, how often it runs, instruction that calls the computation), once per call."""
     computations, entry = _parse(text)
 
-    def walk(name: str, times: int, caller: _Instruction | None = None) -> None:
+    def walk(name: str, times: int, caller: _Instruction | None) -> Iterator[Any]:
         computation = computations[name]
         for instruction in computation.values():
-            visit(computation, instruction, times, caller)
+            yield computation, instruction, times, caller
+            attributes, called, turns = instruction.attributes, [], 1
             if instruction.opcode == "while":
-                body, condition = (
-                    re.search(rf"\b{key}=%?([\w.-]+)", instruction.attributes)[1] for key in ("body", "condition")
-                )
-                walk(body, times * _trips(instruction, computation, computations[condition]), instruction)
+                body, condition = (re.search(rf"\b{key}=%?([\w.-]+)", attributes)[1] for key in ("body", "condition"))
+                called, turns = [body], _trips(instruction, computation, computations[condition])
             elif instruction.opcode == "conditional":
-                # As if all branches ran: which one does is not known.
-                for branches in re.findall(r"branch_computations=\{([^}]*)\}", instruction.attributes):
-                    for branch in _names(branches):
-                        walk(branch, times, instruction)
-                for branch in re.findall(r"(?:true|false)_computation=%?([\w.-]+)", instruction.attributes):
-                    walk(branch, times, instruction)
+                # Which branch runs is not known, so all count.
+                for branches in re.findall(r"branch_computations=\{([^}]*)\}", attributes):
+                    called += _names(branches)
+                called += re.findall(r"(?:true|false)_computation=%?([\w.-]+)", attributes)
             elif instruction.opcode in ("fusion", "call", "async-start"):
-                called = re.search(r"\b(?:calls|to_apply)=%?([\w.-]+)", instruction.attributes)
-                walk(called[1], times, instruction)
+                called = [re.search(r"\b(?:calls|to_apply)=%?([\w.-]+)", attributes)[1]]
+            for each in called:
+                yield from walk(each, times * turns, instruction)
 
-    walk(entry, 1)
+    yield from walk(entry, 1, None)
 
 
 def _parse(text: str) -> tuple[dict[str, _Computation], str]:
-    """Computations by name, each its instructions by name, and the name of the entry."""
+    """The computations by name, each a dict of its instructions by name, and the name of the entry."""
     computations: dict[str, dict[str, _Instruction]] = {}
     entry, current = "", None
     for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
@@ -127,7 +117,7 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
 
 
 def _instruction(name: str, rest: str) -> _Instruction:
-    # A shape has no space, but for tuples of shapes, which are in parentheses.
+    # Only a tuple of shapes, in parentheses, has spaces.
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     shape, rest = rest[:end], rest[end:].lstrip()
     opening = rest.index("(")
@@ -149,7 +139,7 @@ def _names(text: str) -> list[str]:
 
 
 def _arrays(shape: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(dtype, sizes) of an array's shape, or of each of a tuple's."""
+    """(dtype, sizes) of each array in a shape, which may be a tuple of shapes."""
     for dtype, sizes in _ARRAY.findall(shape):
         yield dtype, tuple(int(size) for size in sizes.split(",") if size)
 
@@ -159,14 +149,12 @@ def _sizes(shape: str) -> tuple[int, ...]:
 
 
 def _total_bytes(shape: str) -> float:
-    def width(dtype: str) -> float:
-        return _BYTES[dtype] if dtype in _BYTES else int(re.search(r"\d+", dtype)[0]) / 8
-
-    return sum(width(dtype) * math.prod(sizes) for dtype, sizes in _arrays(shape))
+    bits = {dtype: 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0]) for dtype, _ in _arrays(shape)}
+    return sum(bits[dtype] / 8 * math.prod(sizes) for dtype, sizes in _arrays(shape))
 
 
 def _origin(computation: _Computation, instruction: _Instruction, caller: _Instruction | None) -> str:
-    """Its op_name, that of the nearest instruction that it is computed from, or its caller's; "" if all are lost."""
+    """The op_name of an instruction, of the nearest operand that has one, or of the caller; "" if there is none."""
     seen, found = set(), [instruction]
     while found:
         names = [name for i in found for name in re.findall(r'op_name="([^"]+)"', i.attributes)]
@@ -183,28 +171,27 @@ def _sent_bytes(kind: str, computation: _Computation, instruction: _Instruction)
     if kind == "collective-permute":
         return operands
     n = _group_size(instruction.attributes)
-    share = (n - 1) / n
     if kind == "all-gather":
-        return operands * n * share
-    return operands * share * (2 if kind == "all-reduce" else 1)
+        return operands * (n - 1)
+    return operands * (n - 1) / n * (2 if kind == "all-reduce" else 1)
 
 
 def _group_size(attributes: str) -> int:
-    """Devices that take part in a collective together, from each notation of `replica_groups`."""
+    """The number of devices that take part in a collective, from any notation of `replica_groups`."""
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return len(match[1].split(","))
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
         return int(match[2])
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\].*? \{([^}]*)\}", attributes):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
-        # An axis may be used in part: 'axis':(offset)size.
+        # 'axis':(offset)size stands for a part of an axis.
         used = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])
         return math.prod(int(part) if part else sizes[name] for name, part in used)
     raise ValueError(f"no group of devices in {attributes[:200]!r}")
 
 
 def _trips(loop: _Instruction, computation: _Computation, condition: _Computation) -> int:
-    """How often a loop turns: stated by the compiler, or from a condition `counter < constant`."""
+    """How often a loop runs: as the compiler states, or from a condition `counter < constant`."""
     if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
     compare = next((i for i in condition.values() if i.opcode == "compare"), None)
@@ -231,7 +218,7 @@ def _dot_flops(computation: _Computation, dot: _Instruction) -> float:
 
 
 def _convolution_flops(computation: _Computation, convolution: _Instruction) -> float:
-    """Only products of two elements that are there: TPU's compiler writes batched products as padded convolutions."""
+    """Counts products with padding as nothing: TPU's compiler writes batched products as padded convolutions."""
     lhs_labels, rhs_labels, out_labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes).groups()
     lhs, rhs = (_sizes(computation[name].shape) for name in convolution.operands)
     out = _sizes(convolution.shape)

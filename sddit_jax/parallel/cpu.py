@@ -1,20 +1,20 @@
-"""Running on CPUs: memory that is kept from step to step, and a quick initialisation."""
+"""Settings for CPUs: working memory that stays allocated between steps, and faster compilation of the first state."""
 
 import ctypes
 
 import jax
 
-# Of glibc's malloc.h.
+# Parameters of mallopt, from glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def keep_working_memory() -> None:
-    """Where there is no accelerator, the memory that a step has freed stays for the next one.
+    """Without an accelerator, keeps the memory that a step frees for the next step. Does nothing without glibc.
 
-    XLA's CPU client takes the working memory of a program from malloc as one block at each execution, and glibc gives
-    a block of that size back to the system at once; the next step waits for its pages to come anew. Kept are blocks of
-    the main thread, so programs are executed in the thread that calls them, unless a JAX backend has been touched
-    before, as several processes do to meet. Without glibc nothing is kept.
+    XLA's CPU client allocates a program's working memory by one malloc at each execution. glibc returns a block of that
+    size to the system when it is freed, and the next step waits for new pages. mallopt changes that for the main thread
+    only, so this function also makes JAX execute programs in the thread that calls them. That setting has no effect if
+    a JAX backend is in use already, as it is in a run of several processes.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     if jax.default_backend() != "cpu":
@@ -26,8 +26,8 @@ def keep_working_memory() -> None:
 
 
 def init_compiler_options() -> dict[str, int] | None:
-    """For jax.jit of what makes a run's first state, once: on CPUs less optimisation, in half the time.
+    """Compiler options for jax.jit of a run's first state: on CPUs less optimisation, which takes half the time.
 
-    The numbers are the same bits. XLA's GPU compiler knows no such level.
+    The state has the same bits. XLA's GPU compiler does not know this option.
     """
     return {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None

@@ -1,8 +1,8 @@
-"""Several processes that train or sample as one: how they meet, and how one of them leaves.
+"""Several processes that train or sample as one run: how they connect, agree, and end.
 
-Processes first meet over sockets of this module, at the coordinator's address, and whatever is wrong is told to all of
-them. JAX has nothing for that: `jax.distributed.initialize` of 0.10 and 0.12 aborts the process when another is missing
-or unreachable, crashes it when the port is taken, and begins when processes disagree on how many they are.
+Before JAX connects them, the processes meet over sockets of this module: process 0 listens, the others report to it,
+and process 0 tells all of them what is wrong. `jax.distributed.initialize` does not check: in JAX 0.10 and 0.12 it
+aborts the process if another one is missing or the port is taken, and starts if they disagree on their number.
 """
 
 import contextlib
@@ -26,7 +26,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import multihost
 
 from sddit_jax.errors import CommandError, Unreachable, UserError
@@ -34,13 +33,15 @@ from sddit_jax.parallel.signals import stop_signals
 
 log = logging.getLogger("sddit_jax")
 
-# How long a process that ends with an error waits for the others to meet the same one.
+# The processes that have reported to process 0: the index of each, and the connection on which it waits for the answer.
+Waiting = list[tuple[int, socket.socket]]
+# A process that ends with an error waits so long for the others to end too.
 LEAVING_SECONDS = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class ProcessPlace:
-    """A process's place among the `count` of them; process 0 listens at host:port."""
+    """The number of a process, `index`, among `count` processes; process 0 listens at host:port."""
 
     host: str
     port: int
@@ -50,7 +51,7 @@ class ProcessPlace:
 
     @property
     def address(self) -> str:
-        """host:port, an IPv6 host in brackets."""
+        """HOST:PORT; an IPv6 host stands in brackets."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
@@ -58,35 +59,32 @@ def start(
     distributed: str,
     process_index: int | None = None,
     process_count: int | None = None,
-    *,
     wait_seconds: int = 300,
     heartbeat_seconds: int = 100,
 ) -> None:
-    """Makes this process one of several, before anything else touches a JAX backend.
+    """Makes this process one of several. Call it before anything touches a JAX backend.
 
     Args:
-      distributed: "off": this process is alone. "auto": place and address as JAX finds them on Cloud TPU, GKE, SLURM,
-        Open MPI. HOST:PORT: process 0 runs on HOST, where PORT is free.
-      process_index: which of the processes this is, from 0; for HOST:PORT only.
-      process_count: how many there are; for HOST:PORT only.
+      distributed: "off": there is one process. "auto": JAX finds number, count and address, on Cloud TPU, GKE, SLURM
+        and Open MPI. HOST:PORT: process 0 runs on HOST, where PORT is free.
+      process_index: number of this process, from 0; for HOST:PORT only.
+      process_count: number of processes; for HOST:PORT only.
       wait_seconds: how long the processes wait for each other.
-      heartbeat_seconds: a process that is not heard of for so long counts as dead, and JAX ends the others.
+      heartbeat_seconds: JAX counts a process as dead after so many silent seconds, and ends the others.
 
     Raises:
-      UserError: the arguments, or those of the other processes, do not fit together.
-      Unreachable: not all processes came in time, or the port is taken.
+      UserError: the arguments are wrong, or the processes have different ones.
+      Unreachable: a process did not come in time, or the port is in use.
     """
+    if distributed in ("off", "auto") and (process_index, process_count) != (None, None):
+        raise UserError(
+            f"--distributed={distributed}, but --process_index and --process_count are for --distributed=HOST:PORT; "
+            "leave them out"
+        )
     if distributed == "off":
-        if process_index is not None or process_count is not None:
-            raise UserError("--process_index and --process_count are for --distributed=HOST:PORT")
         return
     deadline = time.monotonic() + wait_seconds
-    if distributed == "auto":
-        if process_index is not None or process_count is not None:
-            raise UserError("--distributed=auto finds out --process_index and --process_count itself; leave them out")
-        place = _detect(wait_seconds)
-    else:
-        place = _explicit(distributed, process_index, process_count)
+    place = _detect(wait_seconds) if distributed == "auto" else _explicit(distributed, process_index, process_count)
     if place.index == 0:
         _receive(place, wait_seconds, deadline)
     else:
@@ -108,10 +106,10 @@ def start(
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], str]]:
-    """stopped() -> the name of a SIGTERM or SIGINT that came, or ""; a second Ctrl-C has its usual effect.
+    """Gives stopped() -> the name of the SIGTERM or SIGINT that this run got, or "". A second Ctrl-C ends at once.
 
-    Several processes all ask equally often. When one of them gets a signal, JAX, which has taken over SIGTERM, lets all
-    agree on the question at which they learn it.
+    All processes have to call stopped() equally often. When one of them gets a signal, JAX, which handles SIGTERM in a
+    run of several processes, chooses the call at which stopped() tells all of them.
     """
     if not jax.distributed.is_initialized():
         with stop_signals() as received:
@@ -132,9 +130,9 @@ def stop_requests() -> Iterator[Callable[[], str]]:
 
 
 def decided_by_primary(decide: Callable[[], Any]) -> Any:
-    """What decide() returns on process 0, a JSON value, for all processes; the UserError that it raises there, too.
+    """Calls decide() on process 0 alone, and returns its result, a JSON value, on every process.
 
-    It may take long: the others wait for it.
+    The other processes wait for it. Raises on every process the UserError that decide() raises on process 0.
     """
     answer = {}
     if jax.process_index() == 0:
@@ -155,10 +153,11 @@ def decided_by_primary(decide: Callable[[], Any]) -> Any:
 
 
 def leave(exit_code: int) -> None:
-    """Ends this process after an error if it is one of several; returns if it is alone.
+    """Ends this process with `exit_code`, after an error, if it is one of several; returns if it is alone.
 
-    Usually all end at the same time: for one signal, or with one mistake. Then they part in peace. If the others do not
-    come, this process leaves alone, and they will miss it: JAX's shutdown would wait for them and abort.
+    One signal or one mistake usually ends all processes, and then they disconnect together. If the others do not end
+    within LEAVING_SECONDS, this process exits without them, because JAX's shutdown would wait for them and abort. They
+    end when they miss its heartbeat.
     """
     if not jax.distributed.is_initialized():
         return
@@ -169,21 +168,21 @@ def leave(exit_code: int) -> None:
         jax.distributed.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Threads that wait for other processes would keep this one.
+    # sys.exit would wait for threads, and these may wait for other processes.
     os._exit(exit_code)
 
 
 def _connect_devices() -> None:
-    """A sum over all devices, while all processes are known to be here.
+    """Computes a sum over all devices: they connect at their first collective.
 
-    Devices connect at their first collective, and those of CPUs give up when another process is half a minute late: it
+    CPU devices give up if another process comes to that collective half a minute late. Here none is late; later, one
     may still be compiling.
     """
     devices = Mesh(jax.devices(), "all")
     ones_N = jax.make_array_from_callback(
-        (devices.size,), NamedSharding(devices, P("all")), lambda _: np.ones(1, np.float32)
+        (devices.size,), NamedSharding(devices, jax.P("all")), lambda _: np.ones(1, np.float32)
     )
-    jax.block_until_ready(jax.jit(jnp.sum, out_shardings=NamedSharding(devices, P()))(ones_N))
+    jax.block_until_ready(jax.jit(jnp.sum, out_shardings=NamedSharding(devices, jax.P()))(ones_N))
 
 
 def _explicit(address: str, index: int | None, count: int | None) -> ProcessPlace:
@@ -198,7 +197,7 @@ def _explicit(address: str, index: int | None, count: int | None) -> ProcessPlac
 
 
 def _detect(wait_seconds: int) -> ProcessPlace:
-    """What `jax.distributed.initialize()` would find out: no public function of JAX tells it beforehand."""
+    """What `jax.distributed.initialize()` would detect; JAX has no public function that tells it."""
     from jax._src.clusters import ClusterEnv
 
     known = os.environ.get("JAX_COORDINATOR_ADDRESS")
@@ -218,7 +217,7 @@ def _detect(wait_seconds: int) -> ProcessPlace:
 
 
 def _receive(place: ProcessPlace, wait_seconds: int, deadline: float) -> None:
-    """Process 0: waits for one message of each of the others, and answers all when all are there or something fails."""
+    """Process 0: waits for a message from each other process, then tells all of them that all are there, or why not."""
     try:
         dual = socket.has_dualstack_ipv6()
         server = socket.create_server(
@@ -231,10 +230,10 @@ def _receive(place: ProcessPlace, wait_seconds: int, deadline: float) -> None:
         if error.errno != errno.EADDRINUSE:
             raise UserError(f"process 0 cannot listen at port {place.port} of {place.host}: {error}") from error
         raise Unreachable(
-            f"port {place.port} of {place.host} is in use: by another run, by an earlier one that has not ended yet, "
-            f"or by a second process with --process_index=0; each run needs a port of its own"
+            f"port {place.port} of {place.host} is in use: by another run, by an earlier run that has not ended, or by "
+            f"a second process with --process_index=0; give each run its own port"
         ) from error
-    waiting: list[tuple[int, socket.socket]] = []
+    waiting: Waiting = []
     answer = {}
     try:
         with server:
@@ -249,14 +248,8 @@ def _receive(place: ProcessPlace, wait_seconds: int, deadline: float) -> None:
                 connection.sendall(json.dumps(answer).encode() + b"\n")
 
 
-def _admit(
-    server: socket.socket,
-    place: ProcessPlace,
-    waiting: list[tuple[int, socket.socket]],
-    wait_seconds: int,
-    deadline: float,
-) -> None:
-    """Takes the next process, its index and the connection over which it waits for its answer, into `waiting`."""
+def _admit(server: socket.socket, place: ProcessPlace, waiting: Waiting, wait_seconds: int, deadline: float) -> None:
+    """Accepts one process, and adds it to `waiting`."""
     server.settimeout(max(deadline - time.monotonic(), 0.001))
     try:
         connection, _ = server.accept()
@@ -264,14 +257,14 @@ def _admit(
         missing = set(range(1, place.count)) - {index for index, _ in waiting}
         raise Unreachable(
             f"of {place.count} processes {', '.join(map(str, sorted(missing)))} did not come to {place.address} within "
-            f"{wait_seconds} s; each has to be started, and must be able to reach this address"
+            f"{wait_seconds} s; start each of them, on a machine that can reach this address"
         ) from error
     try:
         connection.settimeout(5)
         message = json.loads(connection.makefile("rb").readline(1000))
         index, count = int(message["index"]), int(message["count"])
     except (OSError, ValueError, TypeError, KeyError):
-        # Nobody of ours, such as a scan of ports.
+        # Not a process of this run: perhaps a port scan.
         connection.close()
         return
     _still_here(waiting).append((index, connection))
@@ -281,14 +274,14 @@ def _admit(
         raise UserError(f"two processes have --process_index={index}; each of 0 to {count - 1} is needed once")
 
 
-def _still_here(waiting: list[tuple[int, socket.socket]]) -> list[tuple[int, socket.socket]]:
-    """The list itself, without those that have gone: they may come again."""
+def _still_here(waiting: Waiting) -> Waiting:
+    """The list, after removal of the processes that closed their connection; they may be started again."""
     waiting[:] = [(index, connection) for index, connection in waiting if not _has_gone(connection)]
     return waiting
 
 
 def _has_gone(connection: socket.socket) -> bool:
-    """Whether a process that waits for its answer has closed the connection."""
+    """Whether the process at the other end has closed the connection."""
     connection.setblocking(False)
     try:
         return connection.recv(1) == b""
@@ -301,13 +294,13 @@ def _has_gone(connection: socket.socket) -> bool:
 
 
 def _join(place: ProcessPlace, wait_seconds: int, deadline: float) -> None:
-    """The others: wait until process 0 answers that all are there."""
+    """Every process but 0: reports to process 0 and waits until that answers that all are there."""
     reason = ""
     while (left := deadline - time.monotonic()) > 0:
         try:
             with socket.create_connection((place.host, place.port), timeout=min(left, 5)) as connection:
                 connection.sendall(json.dumps({"index": place.index, "count": place.count}).encode() + b"\n")
-                # Process 0 may have started later; it knows best who is missing.
+                # If process 0 started later, it also gives up later, and its answer names the missing processes.
                 connection.settimeout(left + wait_seconds)
                 answer = json.loads(connection.makefile("rb").readline())
         except (OSError, ValueError) as error:
@@ -318,6 +311,6 @@ def _join(place: ProcessPlace, wait_seconds: int, deadline: float) -> None:
             raise (UserError if answer["mistake"] else Unreachable)(f"process 0 says: {answer['error']}")
         return
     raise Unreachable(
-        f"process 0 was not found at {place.address} within {wait_seconds} s ({reason}); it has to run there, and the "
-        f"port has to be open to this machine"
+        f"process 0 was not found at {place.address} within {wait_seconds} s ({reason}); start it there, and open "
+        f"the port to this machine"
     )

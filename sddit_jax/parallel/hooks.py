@@ -1,4 +1,4 @@
-"""What the devices decide about the network: where values lie, and which kernel computes attention."""
+"""The hooks of a network on given devices: the sharding of its values, and the kernel that computes attention."""
 
 import jax
 from jax.sharding import Mesh
@@ -11,10 +11,10 @@ from sddit_jax.parallel.sharding import make_constrain
 
 
 def make_hooks(mesh: Mesh, model: ModelConfig, *, whole: bool = False, trained: bool = False) -> Hooks:
-    """The hooks of a network that is computed on a mesh. Raises ConfigError for a kernel that the devices lack.
+    """The hooks of a network that runs on a mesh.
 
-    whole: all parameters lie on every device, as for sampling, so that nothing has to be gathered. trained: see
-    `attention_kernel`.
+    whole: every device holds all parameters, as for sampling, so that the network gathers nothing. trained: as for
+    `attention_kernel`, which raises the ConfigErrors.
     """
     kernel = attention_kernel(model, mesh.devices.flat[0], trained=trained)
     attend = {"products": product_attention, "cudnn": _cudnn_where_it_fits}[kernel]
@@ -22,11 +22,11 @@ def make_hooks(mesh: Mesh, model: ModelConfig, *, whole: bool = False, trained: 
 
 
 def attention_kernel(model: ModelConfig, device: jax.Device, *, trained: bool = False) -> str:
-    """What `model.attention` means on a device: 'products' or 'cudnn'.
+    """The kernel that `model.attention` stands for on a device: "products" or "cudnn".
 
-    'auto' is cudnn where it can be: on NVIDIA's GPUs since Ampere, in bfloat16, in a stack whose heads have a multiple
-    of 8 channels up to 128. Raises ConfigError where cudnn is asked for and cannot be, unless the network is `trained`:
-    then it may be used on any device.
+    "auto" is cudnn on NVIDIA GPUs since Ampere, if the network computes in bfloat16 and the heads of the encoder or of
+    the decoder have a multiple of 8 channels, at most 128. Raises ConfigError for "cudnn" where this does not hold,
+    unless `trained`: a trained network may run on any device, and then products replace the kernel.
     """
     if model.attention == "products":
         return "products"
@@ -34,27 +34,26 @@ def attention_kernel(model: ModelConfig, device: jax.Device, *, trained: bool = 
     channels = [width // heads for width, heads in stacks]
     lacks = ""
     if not has_cudnn_attention(device):
-        lacks = f"{device.device_kind} has no such kernel: an NVIDIA GPU since Ampere has"
+        lacks = f"{device.device_kind} has no such kernel: NVIDIA GPUs since Ampere have it"
     elif model.dtype != "bfloat16":
-        lacks = f"model.dtype is {model.dtype}: it computes in bfloat16"
+        lacks = f"model.dtype is {model.dtype}, and the kernel computes in bfloat16"
     elif not any(map(_fits, channels)):
-        lacks = f"heads have {' and '.join(map(str, channels))} channels: it takes multiples of 8 up to 128"
+        lacks = f"heads have {' and '.join(map(str, channels))} channels, and the kernel takes multiples of 8 up to 128"
     if model.attention == "cudnn" and lacks and not trained:
         raise ConfigError(f"model.attention is 'cudnn', but {lacks}; set model.attention=products")
     return "products" if lacks else "cudnn"
 
 
 def _fits(channels: int) -> bool:
-    """Whether cuDNN's kernel takes heads of so many channels."""
     return channels % 8 == 0 and channels <= 128
 
 
 def _cudnn_where_it_fits(q_BHNC: jax.Array, k_BHNC: jax.Array, v_BHNC: jax.Array) -> jax.Array:
-    """Attention by cuDNN's kernel, or by products in a stack whose heads it does not take."""
+    """Attention by cuDNN's kernel, or by products in a stack whose heads the kernel does not take."""
     return (cudnn_attention if _fits(q_BHNC.shape[-1]) else product_attention)(q_BHNC, k_BHNC, v_BHNC)
 
 
 def has_cudnn_attention(device: jax.Device) -> bool:
-    """Whether a device is a GPU that cuDNN has a fused attention for, NVIDIA's since Ampere."""
+    """Whether cuDNN has fused attention for a device: NVIDIA GPUs since Ampere, compute capability 8."""
     cuda = device.platform == "gpu" and "cuda" in device.client.platform_version.lower()
     return cuda and float(device.compute_capability) >= 8

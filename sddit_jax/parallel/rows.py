@@ -1,4 +1,4 @@
-"""Rows of a batch over all devices: filled up to one size, computed, and gathered on every host."""
+"""Batches split by rows over all devices: padded to one size, computed, and gathered on every host."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,26 +7,25 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from sddit_jax.ahead import begun_ahead
 
 
 def split_rows(mesh: Mesh) -> NamedSharding:
-    """Rows over all axes of the mesh: each row lies on one device."""
-    return NamedSharding(mesh, P(mesh.axis_names))
+    """The sharding that splits axis 0 over all axes of the mesh, so that each row lies on one device."""
+    return NamedSharding(mesh, jax.P(mesh.axis_names))
 
 
 def full_size(mesh: Mesh, size: int) -> int:
-    """`size` rounded up to a multiple of the devices."""
+    """`size` rounded up to a multiple of the number of devices."""
     return size + -size % mesh.size
 
 
 def put_rows(mesh: Mesh, rows: Any, size: int | None = None) -> Any:
-    """A tree of host arrays [n, ...] as arrays [size, ...] with their rows over the devices of all processes.
+    """Puts a tree of host arrays [n, ...] on the devices of all processes: arrays [size, ...], split by rows.
 
-    All processes pass the same rows. Behind them the first rows come again: so values that occur fill the batch up.
-    size: at least n, and a multiple of the devices; None: the smallest such number.
+    All processes pass equal arrays. The rows are repeated from the first on until there are `size`.
+    size: a multiple of the number of devices; None: the smallest that holds n rows. Raises ValueError if n > size.
     """
     split = split_rows(mesh)
 
@@ -42,7 +41,7 @@ def put_rows(mesh: Mesh, rows: Any, size: int | None = None) -> Any:
 
 
 def gather_rows(tree: Any, count: int) -> Any:
-    """The first `count` rows of arrays, wherever these lie, on every host that has a part of them."""
+    """The first `count` rows of a tree of arrays, as numpy arrays, on every host. All processes call it."""
 
     def gather(x: Any) -> np.ndarray:
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
@@ -53,11 +52,10 @@ def gather_rows(tree: Any, count: int) -> Any:
 
 
 class OverDevices:
-    """A function of rows on all devices of a mesh, compiled once: whatever is asked for, it computes `size` rows.
+    """Computes function(*shared, *rows) -> a tree of arrays [B, ...] on all devices of a mesh, `size` rows at a time.
 
-    function(*shared, *rows) -> a tree of arrays [B, ...]: row i follows from row i of `rows` and from `shared`, such as
-    parameters, alone. size: at a time, over all devices; rounded up to a multiple of them. Both `shared` and `rows` are
-    tuples of trees.
+    Row i of the result depends on row i of `rows` and on `shared`, such as parameters; both are tuples of trees. size:
+    rounded up to a multiple of the number of devices. The function is compiled once, since every batch has this size.
     """
 
     def __init__(self, function: Callable[..., Any], mesh: Mesh, size: int) -> None:
@@ -65,18 +63,18 @@ class OverDevices:
         self._jitted = jax.jit(function, out_shardings=split_rows(mesh))
 
     def begin(self, shared: tuple[Any, ...], rows: tuple[Any, ...]) -> Any:
-        """Of host arrays [n, ...], n at most `size`: arrays [size, ...] that are still being computed.
+        """Starts to compute one batch of host arrays [n, ...], n <= size; returns arrays [size, ...] on the devices.
 
-        The rows behind the first n are those that filled the batch up; see `put_rows`.
+        The rows behind the first n have no meaning; see `put_rows`.
         """
         return self._jitted(*shared, *put_rows(self.mesh, rows, self.size))
 
     def map(
         self, shared: tuple[Any, ...], rows: tuple[Any, ...], then: Callable[[Any], Any] = lambda tree: tree
     ) -> Any:
-        """Of host arrays [N, ...] with any number of rows: the tree of [N, ...] on every host.
+        """Computes host arrays [N, ...] with any number of rows; returns a tree of numpy arrays [N, ...] on every host.
 
-        then: applied to each batch on the devices. They compute a batch while the one before is fetched.
+        then: is applied to each batch while it is on the devices. A batch is computed while the one before is fetched.
         """
         total = len(jax.tree.leaves(rows)[0])
 

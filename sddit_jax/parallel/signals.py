@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a request to stop at the next good moment."""
+"""SIGTERM and SIGINT as a request to stop, for code that chooses when to stop."""
 
 import signal
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import Any
 
 @contextmanager
 def stop_signals() -> Iterator[list[str]]:
-    """A list that gets the name of a SIGTERM or SIGINT; a second one has its usual effect."""
+    """Gives a list that gets the name of the first SIGTERM or SIGINT; a second one has its usual effect."""
     received: list[str] = []
 
     def handler(number: int, frame: Any) -> None:

@@ -1,11 +1,10 @@
-"""Checkpoints: atomic, asynchronous, of any sharding, and never believed before they are verified.
+"""Checkpoints that are written whole, in the background, and verified before they are used.
 
-A step is a folder with three items: `ema` (all that sampling needs), `train` (the rest of the
-state) and `meta` (JSON: the caller's record, shape and digest of every leaf, versions). Orbax
-writes and commits it, but restores flipped bits without a word, so there are two checks of our own.
-A manifest covers the files (`sha256sum -c MANIFEST.sha256` reads it), and one process checks it for
-all before Orbax touches them: an error in one process only would leave the others in a barrier. The
-digests cover the values, from the devices that saved them to the devices they are restored to.
+A step is a folder with three items: `ema` (all that sampling needs), `train` (the rest of the state) and `meta` (JSON:
+the caller's record, the shape and the digest of every leaf, and versions). Orbax writes it, but restores damaged bytes
+without an error. Two checks find them. A manifest, which `sha256sum -c MANIFEST.sha256` reads, covers the files;
+process 0 checks it for all processes before Orbax opens a file, since an error of one process would leave the others in
+a barrier. The digests cover the values on their way from the devices that saved them to the devices that restore them.
 """
 
 import contextlib
@@ -13,7 +12,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -34,29 +33,26 @@ from sddit_jax.runs.versions import changed_versions, versions
 log = logging.getLogger("sddit_jax")
 
 MANIFEST = "MANIFEST.sha256"
-# What a record has of each leaf, by its path.
+# The entries of a record that have a value for each leaf, by its path.
 _BY_PATH = ("shapes", "digests")
-# Orbax writes these two while it commits, when the manifest is already written.
+# Orbax writes these files while it commits a step, after the manifest.
 _COMMIT_FILES = {"_CHECKPOINT_METADATA", "commit_success.txt"}
 
 
 def digest(tree: Any) -> dict[str, str]:
-    """The path of each leaf, and 64 bits in hexadecimal that do not depend on the leaf's layout.
+    """The digest of each leaf of a tree of arrays: {path: 16 hexadecimal digits}; dtype and shape are not covered.
 
-    The elements as unsigned integers u_i give two sums over i of mix(u_i ^ key_i) modulo 2^32, with
-    pseudo-random keys that depend on the flat index i. Integer sums are exact in any order, so
-    every sharding gives the same value, and each device only reads its own part. `mix` is a
-    bijection: a change within one element, such as a flipped bit, changes its term and therefore
-    the sum for certain; others, such as exchanged elements, escape with a chance of about 2^-64.
-    (Odd weights, a sum of u_i * w_i, would see one flipped bit too, but never two flipped signs:
-    each adds 2^31, whatever its weight.) Shape and dtype are not covered.
+    The elements as unsigned integers u_i give two sums over i of mix(u_i ^ key_i) modulo 2^32, with pseudo-random keys
+    that depend on the flat index i. Integer sums are exact in any order, so that the digest does not depend on the
+    sharding and each device reads only its own part. `mix` is a bijection, so a change within one element, such as a
+    flipped bit, always changes the sum. Other changes, such as exchanged elements, keep it with probability 2^-64.
     """
-    # One call for each leaf: leaves may be on different devices, and many share a shape.
+    # One call for each leaf: they may lie on different devices, and leaves of one shape share a program.
     sums = {}
     for path, leaf in _leaves(tree).items():
         sums[path] = _sums(leaf)
         if jax.default_backend() == "cpu":
-            # Simulated devices on few cores can lock each other out when many of their collectives are in flight.
+            # With many collectives in flight, simulated devices on few cores can deadlock.
             jax.block_until_ready(sums[path])
     sums = jax.device_get(sums)
     return {path: f"{a:08x}{b:08x}" for path, (a, b) in sums.items()}
@@ -69,57 +65,56 @@ def _sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     # Elements of 8 bytes become two words along a new last axis.
     words = jax.lax.bitcast_convert_type(x, f"uint{8 * min(x.dtype.itemsize, 4)}")
     words = words.astype(jnp.uint32)
-    # The index is built in the shape of the leaf: reshaping a flat one could gather the leaf.
+    # The flat index is built in the shape of the leaf: a reshape could gather the leaf.
     index, stride = jnp.zeros(words.shape, jnp.uint32), 1
     for axis in reversed(range(words.ndim)):
         iota = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
         index += iota * jnp.uint32(stride % 2**32)
         stride *= words.shape[axis]
     keys = _mix(index + jnp.uint32(0x9E3779B9)), _mix(index + jnp.uint32(0x7F4A7C15))
-    # Scalars, not an array of two: they are replicated for certain, so every process can read them.
+    # Two scalars, not one array: XLA replicates scalars, so every process can read them.
     return tuple(jnp.sum(_mix(words ^ key), dtype=jnp.uint32) for key in keys)
 
 
 def _mix(u: jax.Array) -> jax.Array:
-    """A bijection of the 32-bit integers that spreads every bit over all (murmur3's finaliser)."""
+    """A bijection of the 32-bit integers in which each bit affects all bits (MurmurHash3's finaliser)."""
     u = (u ^ (u >> 16)) * jnp.uint32(0x85EBCA6B)
     u = (u ^ (u >> 13)) * jnp.uint32(0xC2B2AE35)
     return u ^ (u >> 16)
 
 
 class _DamagedError(CheckpointError):
-    """A checkpoint that is not what was saved."""
+    """A checkpoint that differs from what was saved."""
 
 
 class Checkpointer:
-    """The checkpoints of one run. All processes make the same calls.
+    """The checkpoints of one run. All processes make the same calls; CheckpointError if the disk refuses a write.
 
-    Kept are the newest `keep_last`, the steps that are multiples of `keep_every` (0: none), and those of `pin`.
-    Opening one removes what unfinished saves have left: anything that looks at the directory while
-    the run may be writing to it passes `read_only`.
+    It keeps the newest `keep_last` steps, the multiples of `keep_every` (0: none), and the steps of `pin`. Opening it
+    deletes unfinished saves, so code that reads the folder of a run that may be training passes `read_only`.
+
+        checkpointer = Checkpointer(workdir / "checkpoints")
+        checkpointer.save(step, state, meta)
+        state, meta = checkpointer.restore(abstract_state)
+        checkpointer.close()
     """
 
     def __init__(
-        self,
-        directory: epath.PathLike,
-        *,
-        keep_last: int = 2,
-        keep_every: int = 0,
-        read_only: bool = False,
+        self, directory: epath.PathLike, *, keep_last: int = 2, keep_every: int = 0, read_only: bool = False
     ) -> None:
         self.directory = epath.Path(directory).absolute()
         self._read_only = read_only
-        self._pinned: set[int | None] = set()
-        keep = [ocp.checkpoint_managers.LatestN(keep_last), _Pinned(lambda: self._pinned)]
+        self._pinned = _Pinned()
+        keep = [ocp.checkpoint_managers.LatestN(keep_last), self._pinned]
         if keep_every:
             keep.append(ocp.checkpoint_managers.EveryNSteps(keep_every))
         options = ocp.CheckpointManagerOptions(
             create=not read_only,
             cleanup_tmp_directories=not read_only,
-            # Otherwise the metadata of every step is read here, and a damaged one raises.
+            # Without this Orbax reads the metadata of every step here, and raises for a damaged one.
             lightweight_initialize=True,
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(keep),
-            # Called on process 0 when all files are there, before the step is committed.
+            # Orbax calls it on process 0 when all files of a step are written, before it commits the step.
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
         )
         self._saving: int | None = None
@@ -128,21 +123,17 @@ class Checkpointer:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def all_steps(self) -> list[int]:
-        """The steps that have a checkpoint, in order, the one that is being written included."""
+        """The steps that have a checkpoint, in ascending order, with the one that is being written."""
         return sorted(self._manager.all_steps())
 
     def pin(self, *steps: int | None) -> None:
-        """Keeps the checkpoints of `steps`, which may be saved after this, and no longer those of an earlier call.
-
-        What is kept is decided when a step is saved. None stands for no step.
-        """
-        self._pinned = set(steps)
+        """Keeps the checkpoints of `steps`, and no longer those of an earlier call, from the next save on."""
+        self._pinned.steps = steps
 
     def save(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-        """Starts to save `state` with the record `meta`; the state may be donated on return.
+        """Starts to save `state` and the JSON value `meta`. On return the caller may donate the state.
 
-        Waits for the save before this one, and raises if that failed. A step that has a checkpoint
-        is not saved again.
+        First waits for the save before, and raises if that failed. Does nothing if the step has a checkpoint.
         """
         self.wait()
         if step in self.all_steps():
@@ -156,7 +147,7 @@ class Checkpointer:
             "versions": versions(),
         }
         args = {item: ocp.args.StandardSave(tree) for item, tree in _items(state).items()}
-        # Through JSON and back: it is written in the background, and the caller may change `meta`.
+        # A copy, since Orbax writes it in the background and the caller may change `meta`.
         args["meta"] = ocp.args.JsonSave(json.loads(json.dumps(record)))
         before = set(threading.enumerate())
         with self._writing():
@@ -167,65 +158,67 @@ class Checkpointer:
                 self._threads = set(threading.enumerate()) - before
 
     def wait(self) -> None:
-        """Waits until the last save is on disk, and raises if it failed."""
+        """Waits until the last save is on the disk; raises if it failed."""
         with self._writing():
             try:
                 self._manager.wait_until_finished()
                 if self._saving is not None:
                     self._threads = set()
                     if jax.process_index() == 0:
-                        _complete_manifest(self.directory / str(self._saving))
+                        # A process that is killed before this leaves a manifest without the files of the commit.
+                        manifest = self._path(self._saving) / MANIFEST
+                        lines = _lines(_hashes(manifest.parent, _COMMIT_FILES))
+                        write_whole(manifest, (manifest.read_text() + lines).encode())
             finally:
                 self._saving = None
 
     def close(self) -> None:
-        """Waits like `wait`, and ends the threads: nothing is written afterwards, after a failure too."""
+        """Waits as `wait` does, then ends Orbax's threads: after this, and after a failure, nothing is written."""
         try:
             self.wait()
         finally:
             self._manager.close()
-            # Orbax gives up at the first of its threads that fails, while the others go on writing, and it has no
-            # function that waits for them: the threads that a save has started are found by comparison.
+            # If one of its threads fails, Orbax returns while the others still write, and it has no function that waits
+            # for them. `save` has noted which threads started.
             deadline = time.monotonic() + 60
             while self._threads & set(threading.enumerate()) and time.monotonic() < deadline:
                 time.sleep(0.01)
 
     def restore(self, abstract_state: Mapping[str, Any], step: int | None = None) -> tuple[dict[str, Any], dict] | None:
-        """The newest intact checkpoint, or that of `step`, laid out as `abstract_state` says, and its record.
+        """The newest intact checkpoint, or that of `step`: the state, and its record; None if there is none.
 
-        None if there is no checkpoint. A damaged one is named in a warning and passed over; when an
-        older one has been restored, it is renamed to STEP.damaged. CheckpointError, and nothing is
-        renamed, if all are damaged or if the newest intact one is of another model. Nothing is
-        renamed under `read_only` either. Versions that are not those of the record are named in a
-        warning, since the run goes on with them; nothing goes on under `read_only`.
+        abstract_state: a tree of `jax.ShapeDtypeStruct`s with shardings. A damaged checkpoint is named in a warning; if
+        an older one is intact, that is restored, and the damaged one is renamed to STEP.damaged. A warning names
+        versions of packages that differ from the record's. With `read_only` nothing is renamed or said of versions.
+
+        Raises CheckpointError if all are damaged, or if the newest intact one is of another model.
         """
-        self.wait()
-        steps = [s for s in self.all_steps() if step in (None, s)]
-        if not steps:
+        found = self._newest(step, abstract_state)
+        if found is None:
             return None
-        used, state, meta = self._newest(steps, abstract_state)
+        used, state, meta = found
         if not self._read_only:
-            self._move_aside([step for step in steps if step > used])
+            if damaged := [s for s in self.all_steps() if step is None and s > used]:
+                self._move_aside(damaged)
             if changed := changed_versions(meta["versions"]):
                 log.warning("%s was saved with %s: rounding may differ from here on", self._path(used), changed)
         return state, meta
 
     def restore_ema(self, abstract: Any = None, step: int | None = None) -> tuple[Any, dict]:
-        """The `ema` of the newest intact checkpoint, or of `step`, and the record.
+        """The item `ema` of the newest intact checkpoint, or of that of `step`, and its record. Changes no file.
 
-        Reads nothing of `train`, which may be gone, and changes nothing. Without `abstract`, every
-        leaf is replicated over all devices. CheckpointError if there is no intact checkpoint.
+        Reads no file of `train`, which may be deleted. abstract: as for `restore`; None replicates every leaf over all
+        devices. Raises CheckpointError if there is no intact checkpoint.
         """
-        self.wait()
-        steps = [s for s in self.all_steps() if step in (None, s)]
-        if not steps:
+        found = self._newest(step, {"ema": abstract})
+        if found is None:
             what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
             raise CheckpointError(f"{self.directory}: {what}; there are {self.all_steps()}")
-        _, state, meta = self._newest(steps, {"ema": abstract})
+        _, state, meta = found
         return state["ema"], meta
 
     def read_meta(self, step: int) -> dict:
-        """The record of a step: what `save` got, and format_version, shapes, digests, versions."""
+        """The record of a step: the `meta` of `save`, and step, format_version, shapes, digests and versions."""
         self._check_files(step, {"meta"})
         item = ocp.args.Composite(meta=ocp.args.JsonRestore())
         meta = self._manager.restore(step, args=item).meta
@@ -237,15 +230,19 @@ class Checkpointer:
             )
         return meta
 
-    def _newest(self, steps: list[int], abstract: Mapping[str, Any]) -> tuple[int, dict, dict]:
+    def _newest(self, step: int | None, abstract: Mapping[str, Any]) -> tuple[int, dict, dict] | None:
+        """Step, state and record of the newest intact checkpoint, or of that of `step`; None if there is none."""
+        self.wait()
         faults = []
-        for step in reversed(steps):
+        for each in reversed([s for s in self.all_steps() if step in (None, s)]):
             try:
-                return step, *self._restore(step, abstract)
+                return each, *self._restore(each, abstract)
             except _DamagedError as fault:
                 log.warning("passing over a damaged checkpoint: %s", fault)
                 faults.append(str(fault))
-        raise CheckpointError(f"no checkpoint in {self.directory} is intact: {'; '.join(faults)}")
+        if faults:
+            raise CheckpointError(f"no checkpoint in {self.directory} is intact: {'; '.join(faults)}")
+        return None
 
     def _restore(self, step: int, abstract: Mapping[str, Any]) -> tuple[dict, dict]:
         items = set(_items(abstract))
@@ -275,8 +272,6 @@ class Checkpointer:
             raise _DamagedError(f"{self._path(step)}: {fault or 'process 0 tells why'}")
 
     def _move_aside(self, steps: list[int]) -> None:
-        if not steps:
-            return
         with self._writing():
             for step in steps if jax.process_index() == 0 else []:
                 aside = self.directory / f"{step}.damaged"
@@ -290,7 +285,7 @@ class Checkpointer:
         return self.directory / str(step)
 
     def _write_manifest(self) -> None:
-        # A file system with an atomic rename has a temporary folder until the commit, others don't.
+        # On a file system with an atomic rename Orbax writes to a temporary folder until the commit.
         temporary = list(self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
         folder = temporary[0] if temporary else self._path(self._saving)
         names = _files(folder) - _COMMIT_FILES
@@ -301,30 +296,29 @@ class Checkpointer:
         try:
             yield
         except jax.errors.JaxRuntimeError:
-            # Of another process, not of the disk.
+            # It is about another process, not about the disk.
             raise
         except Exception as error:
-            # Full disks come as OSError or as ValueError, from a background thread or from a call.
+            # A full disk raises OSError or ValueError, in a background thread or in a call.
             raise CheckpointError(f"{self.directory} could not be written: {error}") from error
 
 
 class _Pinned(ocp.checkpoint_managers.PreservationPolicy):
-    """Keeps the steps that a function returns."""
+    """Keeps the checkpoints of `steps`."""
 
-    def __init__(self, pinned: Callable[[], set[int | None]]) -> None:
-        self._pinned = pinned
+    steps: Sequence[int | None] = ()
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Which of the checkpoints to keep."""
+        """Whether to keep each of the checkpoints."""
         del context
-        return [checkpoint.step in self._pinned() for checkpoint in checkpoints]
+        return [checkpoint.step in self.steps for checkpoint in checkpoints]
 
 
 def _items(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The items of a state; a state of `ema` alone has no `train`.
+    """The items of a state; without `train` if it has only `ema`.
 
-    Dicts without a leaf, such as the state of an objective that has none, are not saved: a run may go on with more
-    or fewer of them.
+    Leaves out dicts without a leaf, such as the state of an objective that has none, so that a run may continue with
+    more or fewer such objectives.
     """
 
     def with_leaves(tree: Any) -> Any:
@@ -337,7 +331,7 @@ def _items(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _as_stored(abstract: Mapping[str, Any], shapes: Mapping[str, str], format_version: int) -> Mapping[str, Any]:
-    """An abstract state as a checkpoint of a format lays it out; without an `ema`, all of its leaves, replicated."""
+    """An abstract state in the layout of `format_version`; if its `ema` is None, the saved leaves, replicated."""
     if abstract["ema"] is None:
         return {**abstract, **_replicated(shapes)}
     if format_version != 2:
@@ -359,7 +353,7 @@ def _shapes(tree: Any) -> dict[str, str]:
 
 
 def _replicated(shapes: Mapping[str, str]) -> dict[str, Any]:
-    """The inverse of `_shapes` for nested dicts, each leaf replicated over all devices."""
+    """The abstract nested dict that `_shapes` describes, with each leaf replicated over all devices."""
     mesh = jax.sharding.Mesh(jax.devices(), "all")
     sharding = jax.sharding.NamedSharding(mesh, jax.P())
     leaves = {}
@@ -371,36 +365,30 @@ def _replicated(shapes: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _difference(saved: Mapping[str, str], found: Mapping[str, str]) -> str:
-    """The first three leaves that differ, in words; "" if none does."""
+    """Names the first three leaves that differ; "" if none differs."""
     paths = [path for path in {**saved, **found} if saved.get(path) != found.get(path)]
     words = [f"{p} was saved as {saved.get(p)}, here it is {found.get(p)}" for p in paths[:3]]
     return ", ".join([*words, f"and {len(paths) - 3} more leaves"] if len(paths) > 3 else words)
 
 
 def _files(folder: epath.Path) -> set[str]:
-    """The files under a folder, but for the manifest and hidden ones (.nfs*, .DS_Store)."""
+    """The paths of the files under a folder, without the manifest and hidden files (.nfs*, .DS_Store)."""
     files = {root / name for root, _, names in folder.walk() for name in names if name[0] != "."}
     return {str(file.relative_to(folder)) for file in files} - {MANIFEST}
 
 
 def _hashes(folder: epath.Path, names: set[str]) -> dict[str, str]:
+    paths = sorted(names)
     with ThreadPoolExecutor() as pool:
-        hashes = pool.map(lambda name: sha256_of(folder / name), sorted(names))
-        return dict(zip(sorted(names), hashes, strict=True))
+        return dict(zip(paths, pool.map(lambda path: sha256_of(folder / path), paths), strict=True))
 
 
 def _lines(hashes: Mapping[str, str]) -> str:
     return "".join(f"{value}  {name}\n" for name, value in hashes.items())
 
 
-def _complete_manifest(folder: epath.Path) -> None:
-    """Adds the files of the commit; a process killed before that leaves a manifest without them."""
-    text = (folder / MANIFEST).read_text() + _lines(_hashes(folder, _COMMIT_FILES))
-    write_whole(folder / MANIFEST, text.encode())
-
-
 def _fault(folder: epath.Path, items: set[str]) -> str:
-    """The first file of the items, or beside them, that is not as it was saved; "" if all are."""
+    """Names the first damaged file in the folders of `items` or beside them; "" if all are as they were saved."""
     try:
         text = (folder / MANIFEST).read_text().removesuffix("\n")
         listed = {name: value for value, name in (line.split("  ", 1) for line in text.split("\n"))}

@@ -1,4 +1,4 @@
-"""A run's folder as others read it: its configuration and its newest checkpoint."""
+"""What other code reads from a run's folder: its config and its newest checkpoint."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +29,7 @@ def write_config(workdir: Path, config: Config) -> None:
 
 
 def read_config(workdir: Path) -> Config:
-    """What `write_config` wrote. Raises CheckpointError if it cannot be read."""
+    """Reads WORKDIR/config.json. Raises CheckpointError if it cannot be read."""
     path = workdir / CONFIG
     try:
         return border.resolve(read_json(path, CheckpointError, ending="; use another --workdir"))
@@ -38,16 +38,16 @@ def read_config(workdir: Path) -> Config:
 
 
 def open_checkpoints(workdir: Path) -> Checkpointer:
-    """The checkpoints of a run, to be read only. Raises CheckpointError if it has none."""
+    """Opens the checkpoints of a run to read them. Raises CheckpointError if there is no such folder."""
     if not (workdir / CHECKPOINTS).is_dir():
-        raise CheckpointError(f"{workdir} has no checkpoints; it should be the folder of a run")
+        raise CheckpointError(f"{workdir} has no checkpoints: name the folder of a run")
     return Checkpointer(workdir / CHECKPOINTS, read_only=True)
 
 
 def restore_run(
     workdir: Path, mesh: jax.sharding.Mesh, step: int | None = None
 ) -> tuple[Config, State, dict[str, Any]]:
-    """Configuration, train state and record of a run's newest intact checkpoint, or of that of `step`.
+    """Config, train state and record of a run's newest intact checkpoint, or of that of `step`.
 
     Raises CheckpointError if there is none.
     """
@@ -63,9 +63,10 @@ def restore_run(
 def restore_guide(
     workdir: Path, config: Config, codec: Mapping[str, Any], mesh: jax.sharding.Mesh, step: int | None = None
 ) -> tuple[Network, Any, dict[str, Any]]:
-    """Network, EMA weights and record of the run that guides the samples of a network, from its newest checkpoint.
+    """Network, EMA weights and record of a run that guides the samples of another network.
 
-    config, codec: of the network that is guided. Raises UserError if the run cannot guide it.
+    config, codec: those of the other network. step: None takes the newest intact checkpoint. Raises UserError if the
+    run cannot guide that network.
     """
     ema, meta = open_checkpoints(workdir).restore_ema(step=step)
     guide = border.resolve(meta["config"])
@@ -75,6 +76,6 @@ def restore_guide(
 
 
 def weights_record(workdir: str, meta: Mapping[str, Any], paths: tuple[str, ...]) -> dict[str, Any]:
-    """Where weights are from: the run, the step, and the digests of those whose paths begin with one of `paths`."""
+    """A record of where weights are from: the run, the step, and the digests of the leaves under `paths`."""
     digests = {path: value for path, value in meta["digests"].items() if path.startswith(paths)}
     return {"workdir": workdir, "checkpoint_step": meta["step"], "checkpoint_digests": digests}

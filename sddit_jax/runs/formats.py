@@ -1,8 +1,8 @@
-"""Checkpoints of format 2: how their states are laid out, and how they become states of format 3.
+"""How a train state of checkpoint format 2 becomes one of format 3.
 
-In format 2 parameters, and all that is laid out like them, are {encoder, decoder, head}, the head that of the
-discrimination, and the sampling EMA has a head too. In format 3 they are {network: {encoder, decoder}, discrimination:
-head}, and the EMA is of the network alone.
+In format 2 a tree of parameters is {encoder, decoder, head}, where the head is the discrimination's, and the sampling
+EMA has a head too. In format 3 it is {network: {encoder, decoder}, discrimination: head}, and the EMA is of the network
+alone. Optimiser state is laid out like parameters in both.
 """
 
 import re
@@ -16,7 +16,7 @@ READABLE = (2, 3)
 
 
 def as_format_2(state: Mapping[str, Any], ema_head: Any) -> dict[str, Any]:
-    """A state of format 3, or the `ema` of one, in format 2. ema_head: the EMA's head, or empty."""
+    """A state of format 3, or its item `ema` alone, in format 2. ema_head: the EMA's head; empty if there is none."""
 
     def is_params(tree: Any) -> bool:
         return isinstance(tree, Mapping) and "network" in tree
@@ -31,14 +31,14 @@ def as_format_2(state: Mapping[str, Any], ema_head: Any) -> dict[str, Any]:
     head = {"head": ema_head} if ema_head else {}
     old["ema"] = {name: {**network, **head} for name, network in state["ema"].items()}
     if _head_alone(state):
-        # The teacher was the EMA, its head included, and nothing else was kept.
+        # In format 2 this teacher was the EMA, with its head, and had no place of its own.
         own = {key: tree for key, tree in state["aux"]["discrimination"].items() if key != "teacher"}
         old["aux"] = {**state["aux"], "discrimination": own}
     return old
 
 
 def from_format_2(old: Mapping[str, Any], abstract: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `as_format_2`. abstract: the state of format 3 that is wanted."""
+    """The inverse of `as_format_2`. abstract: the state of format 3 to return, as shapes."""
 
     def is_params(tree: Any) -> bool:
         return isinstance(tree, Mapping) and {"encoder", "decoder"} <= tree.keys()
@@ -58,7 +58,7 @@ def from_format_2(old: Mapping[str, Any], abstract: Mapping[str, Any]) -> dict[s
 
 
 def path_from_format_2(path: str) -> str:
-    """The path of a leaf of format 2 in format 3; that of the EMA's head, which has none, stays."""
+    """The path in format 3 of a leaf of format 2. The EMA's head has none there, and keeps its path."""
     if path.startswith(("ema/", "aux/")):
         return path
     path = re.sub(r"(^|/)(encoder|decoder)/", r"\1network/\2/", path, count=1)
@@ -66,6 +66,6 @@ def path_from_format_2(path: str) -> str:
 
 
 def _head_alone(state: Mapping[str, Any]) -> bool:
-    """Whether the discrimination's teacher takes its encoder from the EMA."""
+    """Whether the discrimination's teacher keeps only a head, because its encoder is the EMA's."""
     teacher = state.get("aux", {}).get("discrimination", {}).get("teacher")
     return teacher is not None and "encoder" not in teacher

@@ -1,4 +1,4 @@
-"""What the steps of a run report: rows of metrics, the bar, speed, and how many in a row were skipped."""
+"""Reads the metrics of each step, and writes rows, speed and the progress bar from them."""
 
 import logging
 import time
@@ -13,12 +13,11 @@ log = logging.getLogger("sddit_jax")
 
 
 class Meter:
-    """Reads the metrics of a step when the next one has been dispatched, so that the devices never wait.
+    """Reads the metrics of a step after the next step has been dispatched, so that the devices never wait for the host.
 
-    say(step, row): called with the metrics of each row that has been written, without those of speed.
-
-    skipped: how many steps in a row, up to the last that was read, changed no weights. waited: seconds that data was
-    waited for; whoever waits adds them.
+    say(step, row): is called with the metrics of each row that is written, without those of speed. skipped: how many
+    steps in a row, up to the last one read, changed no weights. waited: the seconds since the last row that the caller
+    spent waiting for data; the caller adds to it.
     """
 
     def __init__(
@@ -31,29 +30,18 @@ class Meter:
         self.skipped, self.waited = 0, 0.0
 
     def add(self, step: int, metrics: Mapping[str, jax.Array], *, row: bool = False) -> None:
-        """Takes the metrics of a step that has been dispatched, and reads those of the step before.
-
-        row: writes a row for this step even if its interval does not ask for one.
-        """
+        """Takes the metrics of a dispatched step, and reads those of the step before. row: always write its row."""
         self.flush()
         self._pending = step, metrics, row
 
     def flush(self) -> None:
-        """Reads what has not been read; waits for the devices."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            self._read(*pending)
+        """Reads the metrics of the last dispatched step, and writes its row if it is due or the step was skipped.
 
-    def leave_out(self, seconds: float) -> None:
-        """Seconds since the last row that were not spent on steps."""
-        self._last_time += seconds
-
-    def close(self) -> None:
-        """Ends the bar."""
-        self._progress.close()
-
-    def _read(self, step: int, metrics: Mapping[str, jax.Array], row: bool) -> None:
-        """Writes a row if it is time for one, or if the step was skipped."""
+        Waits for the devices.
+        """
+        if self._pending is None:
+            return
+        (step, metrics, row), self._pending = self._pending, None
         config = self._config
         was_skipped, self.skipped = self.skipped, int(jax.device_get(metrics["train/skipped"]))
         due = row or step % config.log.every == 0 or step in (1, config.steps)
@@ -71,5 +59,13 @@ class Meter:
         }
         self._last_step, self._last_time, self.waited = step, now, 0.0
         self._metrics_log.write(step, values | perf | {"images_seen": step * config.batch_size})
-        self._progress.update(step, loss=values["train/loss"], images_per_second=perf["perf/images_per_second"])
+        self._progress.show(step, f"loss {values['train/loss']:.4f}, {config.batch_size / seconds:.4g} images/s")
         self._say(step, values)
+
+    def leave_out(self, seconds: float) -> None:
+        """Leaves seconds since the last row, in which no step was computed, out of the speed."""
+        self._last_time += seconds
+
+    def close(self) -> None:
+        """Ends the progress bar."""
+        self._progress.close()

@@ -1,4 +1,4 @@
-"""What a run says while it runs: metrics.jsonl, TensorBoard, Weights & Biases, a progress bar, pictures."""
+"""The output of a run while it trains: metrics.jsonl, TensorBoard, Weights & Biases, a progress bar, pictures."""
 
 import contextlib
 import importlib.util
@@ -22,17 +22,14 @@ from sddit_jax.runs import pictures
 
 
 class MetricsLog:
-    """One JSON object a row in WORKDIR/metrics.jsonl, and the same numbers in the other places.
+    """Writes metrics to WORKDIR/metrics.jsonl, one JSON object a row, and to TensorBoard and Weights & Biases.
 
-    Floats are written so that they are read back exactly. JSON has no NaN and no infinity: both are
-    written as null. With `tensorboard`, its
-    files are written when one of its writers is installed; Weights &
-    Biases is used when `wandb` has its arguments (`wandb.init(**wandb)`). Of several processes
-    only the `primary` one writes.
+    Floats are read back exactly; NaN and infinity, which JSON lacks, are written as null. Only the `primary` process
+    writes. tensorboard: also write its files, if tensorboardX or tensorboard with PyTorch is installed. wandb: the
+    arguments of wandb.init; None: no Weights & Biases, and UserError if it is wanted but not installed.
 
-    Opening with `restored_step` (0 for a start from nothing) cuts the rows after that step, and those of the step
-    itself with a key that, as `repeated` says, will be written again; None only drops what a killed process has left
-    half-written.
+    restored_step: the step from which the run continues, 0 at a start. Rows after it are deleted, and rows of that step
+    with a key for which repeated(key) is true: the run will write them again. None keeps all rows.
     """
 
     def __init__(
@@ -63,7 +60,7 @@ class MetricsLog:
             self._wandb = module.init(**{"dir": str(path.parent), **wandb})
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends one row; it is on its way to the disk when this returns."""
+        """Appends one row, and gives it to the operating system."""
         if self._file is None:
             return
         metrics = {key: float(value) for key, value in metrics.items()}
@@ -77,7 +74,7 @@ class MetricsLog:
             self._wandb.log(metrics, step=step)
 
     def close(self) -> None:
-        """Closes the file and the other places."""
+        """Closes the file, and ends TensorBoard and Weights & Biases."""
         for place in (self._file, self._tensorboard):
             if place is not None:
                 place.close()
@@ -86,52 +83,44 @@ class MetricsLog:
         self._file = self._tensorboard = self._wandb = None
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
-    """The row in a whole line; a process killed while writing leaves a line that is none."""
-    try:
-        row = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and "step" in row else None
-
-
-def _comes_again(row: dict[str, Any], restored_step: int | None, repeated: Callable[[str], bool]) -> bool:
-    """Whether a run that continues from `restored_step` will write the row itself."""
-    if restored_step is None or row["step"] < restored_step:
-        return False
-    return row["step"] > restored_step or any(map(repeated, row))
-
-
 def _cut(path: Path, restored_step: int | None, repeated: Callable[[str], bool]) -> None:
-    """Drops lines that are no rows, and with a step the rows after it: all at once or none."""
+    """Deletes rows as `MetricsLog` says, and lines that a killed process left incomplete; all or none of them."""
+
+    def is_kept(line: bytes) -> bool:
+        try:
+            row = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            return False
+        if not isinstance(row, dict) or "step" not in row:
+            return False
+        if restored_step is None or row["step"] < restored_step:
+            return True
+        return row["step"] == restored_step and not any(map(repeated, row))
+
     lines = path.read_bytes().splitlines(keepends=True)
-    rows = [(line, _row(line)) for line in lines]
-    kept = [line for line, row in rows if row is not None and not _comes_again(row, restored_step, repeated)]
-    if kept == lines:
-        return
-    write_whole(path, b"".join(kept))
+    kept = [line for line in lines if is_kept(line)]
+    if kept != lines:
+        write_whole(path, b"".join(kept))
 
 
 def _tensorboard(folder: Path, restored_step: int | None) -> Any | None:
-    # TensorFlow's own writer is left out: using it claims the memory of the GPU. Importing torch is
-    # slow, and its writer is of no use without the package tensorboard.
-    for needed, module in (
-        ("tensorboardX", "tensorboardX"),
-        ("tensorboard", "torch.utils.tensorboard"),
-    ):
+    # TensorFlow's writer is not used, since it claims the GPU's memory. PyTorch's writer needs the package tensorboard:
+    # without that the slow import of torch would be in vain.
+    for needed, module in (("tensorboardX", "tensorboardX"), ("tensorboard", "torch.utils.tensorboard")):
         if importlib.util.find_spec(needed) is None:
             continue
         with contextlib.suppress(ImportError):
             writer = importlib.import_module(module).SummaryWriter
-            # Hides the points after the restored step, as the cut rows.
+            # TensorBoard then hides the points after the restored step.
             return writer(str(folder), purge_step=None if restored_step is None else restored_step + 1)
     return None
 
 
 class Progress:
-    """A bar with loss, images per second and time left; where there is no terminal, plain lines.
+    """A progress bar on a terminal; elsewhere a line every `every_seconds` and at the end. Shows the time left.
 
-    `total` and `start` are steps, or what `unit` says: a run that continues starts its bar, not its speed, at `start`.
+    total: the number of steps, or of what `unit` names. start: how many are done already; they do not count for the
+    speed. primary: whether this process shows anything.
     """
 
     def __init__(
@@ -143,19 +132,11 @@ class Progress:
         self._plain = not sys.stderr.isatty()
         self._silent = not primary
         self._bar = tqdm.tqdm(
-            total=total,
-            initial=start,
-            unit=unit,
-            dynamic_ncols=True,
-            disable=self._silent or self._plain,
+            total=total, initial=start, unit=unit, dynamic_ncols=True, disable=self._silent or self._plain
         )
 
-    def update(self, step: int, *, loss: float, images_per_second: float) -> None:
-        """Shows that `step` steps are done; may be called after every step, or less often."""
-        self.show(step, f"loss {loss:.4f}, {images_per_second:.4g} images/s")
-
     def show(self, done: int, words: str) -> None:
-        """Shows how many are done, and words about them; may be called at any time."""
+        """Shows how many are done, `words`, and the time left."""
         if not self._plain:
             self._bar.set_postfix_str(words, refresh=False)
             self._bar.update(done - self._bar.n)
@@ -164,42 +145,37 @@ class Progress:
         if self._silent or (now < self._next and done < self._total):
             return
         self._next = now + self._every
-        left = (now - self._began) / max(done - self._start, 1) * (self._total - done)
-        left = tqdm.tqdm.format_interval(left)
+        seconds = (now - self._began) / max(done - self._start, 1) * (self._total - done)
+        left = tqdm.tqdm.format_interval(seconds)
         print(f"{self._unit} {done}/{self._total}, {words}, {left} left", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leaves the bar as it is."""
+        """Ends the bar, which stays visible."""
         self._bar.close()
 
 
 def save_grid(images_BHWC: np.ndarray, path: Path, columns: int | None = None) -> None:
-    """Writes images [B, H, W, C] as one PNG, small ones enlarged: uint8, or latents (float32) in false colours.
+    """Writes images as one PNG, with small ones enlarged: uint8, or float32 latents in false colours.
 
-    columns: images in a row; None: about as many as rows.
+    columns: images in a row; None: about as many as there are rows.
     """
-    images_BHWC = _in_colours(images_BHWC)
+    images_BHWC = pictures.false_colours(images_BHWC)
     _save(pictures.grid(images_BHWC, columns, scale=_scale(images_BHWC)), path)
 
 
 def save_labelled_grid(
     images_RCHWC: np.ndarray, rows: Sequence[str], columns: Sequence[str], corner: str, path: Path, record: str
 ) -> None:
-    """As `save_grid`, rows and columns with their names; `record` goes into the PNG, as its text "record"."""
-    shape = images_RCHWC.shape[:2]
-    images_BHWC = _in_colours(images_RCHWC.reshape(-1, *images_RCHWC.shape[2:]))
-    images_RCHWC = images_BHWC.reshape(*shape, *images_BHWC.shape[1:])
+    """As `save_grid`, with names of rows and columns. The PNG holds `record` as its text "record"."""
+    images_RCHWC = pictures.false_colours(images_RCHWC)
     text = PngInfo()
     text.add_text("record", record)
-    _save(pictures.labelled_grid(images_RCHWC, rows, columns, corner, _scale(images_BHWC)), path, pnginfo=text)
+    canvas_HWC = pictures.labelled_grid(images_RCHWC, rows, columns, corner, _scale(images_RCHWC))
+    _save(canvas_HWC, path, pnginfo=text)
 
 
-def _in_colours(images_BHWC: np.ndarray) -> np.ndarray:
-    return images_BHWC if images_BHWC.dtype == np.uint8 else pictures.false_colours(images_BHWC)
-
-
-def _scale(images_BHWC: np.ndarray) -> int:
-    return max(1, 64 // images_BHWC.shape[1])
+def _scale(images: np.ndarray) -> int:
+    return max(1, 64 // images.shape[-3])
 
 
 def _save(canvas_HWC: np.ndarray, path: Path, **options: Any) -> None:

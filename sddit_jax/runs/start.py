@@ -1,10 +1,11 @@
-"""Where a run starts: in a folder that is its own, and from the weights of another run."""
+"""The start of a run: it checks the run's folder, and can take the weights of another run."""
 
 import logging
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from sddit_jax.config import border
@@ -18,7 +19,7 @@ log = logging.getLogger("sddit_jax")
 
 
 def check_identity(workdir: Path, config: Config) -> None:
-    """Where workdir has a run's config.json, prints what differs. Raises CheckpointError for another model."""
+    """Warns of each key by which `config` changes the run in workdir. Raises CheckpointError if its model differs."""
     if not (workdir / CONFIG).exists():
         return
     saved = read_config(workdir)
@@ -30,33 +31,24 @@ def check_identity(workdir: Path, config: Config) -> None:
 
 
 def state_from_run(run: Path, config: Config, parts: Parts, codec: dict[str, Any], mesh: Mesh, layout: Any) -> State:
-    """A state at step 0 with the parameters and the EMA of another run's newest checkpoint.
+    """A state at step 0 with the network and the EMA of the newest checkpoint of another run, `run`.
 
-    What objectives own is taken from there too, where it has the same shapes; otherwise it is fresh. layout: the
-    sharding of each array of the state. Raises CheckpointError if the run has none, or another model.
+    The parameters of an objective are taken too if they have the same shapes; otherwise they are fresh. layout: the
+    sharding of each array of the state. Raises CheckpointError if `run` has no checkpoint or another model.
     """
     theirs, state, meta = restore_run(run, mesh)
     check_codec(f"the network of {run}", meta["codec"], "the data of this run", codec)
-    if theirs.model != config.model:
-        differences = [line for line in border.identity_differences(theirs, config) if "model." in line]
-        if differences:
-            raise CheckpointError(f"init_from {run} holds another model: {', '.join(differences)}")
+    if differences := [line for line in border.identity_differences(theirs, config) if line.startswith("model.")]:
+        raise CheckpointError(f"init_from {run} holds another model: {', '.join(differences)}")
     log.info("starting from the weights of %s at step %d", run, meta["step"])
-    shapes = jax.eval_shape(parts.init_params, jax.random.key(0))
-    taken = {name: tree for name, tree in state["params"].items() if name in shapes and _alike(tree, shapes[name])}
+    shapes = jax.tree.map(np.shape, jax.eval_shape(parts.init_params, jax.random.key(0)))
+    taken = {name: tree for name, tree in state["params"].items() if jax.tree.map(np.shape, tree) == shapes.get(name)}
     if "network" not in taken:
-        raise CheckpointError(f"init_from {run} holds another network; masking.fill must agree too")
+        raise CheckpointError(f"init_from {run} holds another network; masking.fill must be the same too")
     if fresh := shapes.keys() - taken.keys():
-        log.info("fresh, since %s has none of these shapes: %s", run, ", ".join(sorted(fresh)))
+        log.info("fresh parameters, since %s has none of their shapes: %s", run, ", ".join(sorted(fresh)))
 
     def start(key: jax.Array, taken: Any, ema: Any) -> State:
         return parts.state_from(parts.init_params(key) | taken, ema)
 
     return jax.jit(start, out_shardings=layout)(jax.random.key(config.seed), taken, state["ema"]["default"])
-
-
-def _alike(a: Any, b: Any) -> bool:
-    """Whether two trees have the same structure and shapes."""
-    return jax.tree.structure(a) == jax.tree.structure(b) and all(
-        x.shape == y.shape for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    )

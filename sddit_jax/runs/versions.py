@@ -1,4 +1,4 @@
-"""The versions that a file's numbers were computed with: other versions may round otherwise."""
+"""The versions of packages, which a run and each file of results record: another version may round differently."""
 
 import contextlib
 import importlib.metadata
@@ -9,7 +9,7 @@ PACKAGES = ("sddit-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "
 
 
 def versions() -> dict[str, str]:
-    """The version of Python and of each package that computes; a package that is not installed is left out."""
+    """The versions of Python and of PACKAGES, by name, without the packages that are not installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -18,10 +18,7 @@ def versions() -> dict[str, str]:
 
 
 def changed_versions(recorded: Mapping[str, str]) -> str:
-    """What of a record by `versions` is another version here, in words; "" if nothing is.
-
-    A package that the record does not name is not compared.
-    """
+    """Names the packages of a record by `versions` that have another version here; "" if none has."""
     here = versions()
     changed = [name for name in recorded if recorded[name] != here.get(name)]
     return ", ".join(f"{name} {recorded[name]} (here {here.get(name, 'none')})" for name in changed)

@@ -119,7 +119,7 @@ class TestProgress:
     def test_plain_lines_now_and_then_and_at_the_end(self, capfd):
         progress = Progress(total=100, start=90, every_seconds=3600)
         for step in range(91, 101):
-            progress.update(step, loss=1.25, images_per_second=512.0)
+            progress.show(step, "loss 1.2500, 512 images/s")
         progress.close()
         first, last = capfd.readouterr().err.splitlines()
         assert re.fullmatch(r"step 91/100, loss 1.2500, 512 images/s, 00:00 left", first)
@@ -128,7 +128,7 @@ class TestProgress:
     def test_a_bar_on_a_terminal(self, capsys, monkeypatch):
         monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
         progress = Progress(total=100, start=90)
-        progress.update(100, loss=1.25, images_per_second=512.0)
+        progress.show(100, "loss 1.2500, 512 images/s")
         progress.close()
         shown = capsys.readouterr().err
         assert "100/100" in shown
@@ -139,6 +139,6 @@ class TestProgress:
     def test_silent_elsewhere(self, capsys, monkeypatch, terminal):
         monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
         progress = Progress(total=2, primary=False)
-        progress.update(2, loss=1.0, images_per_second=1.0)
+        progress.show(2, "loss 1.0000, 1 images/s")
         progress.close()
         assert capsys.readouterr().err == ""
