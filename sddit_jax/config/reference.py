@@ -17,9 +17,9 @@ from sddit_jax.config.schema import Config
 from sddit_jax.errors import UserError
 
 SOURCES = """\
-P: the abstract or the introduction of the SD-DiT paper.
-S: a secondary source about SD-DiT.
-I: inferred from MaskDiT, iBOT or EDM, on which SD-DiT builds.
+P: the abstract or the introduction of the SD-DiT paper; few defaults are.
+S: a secondary source about SD-DiT, such as a review of it.
+I: a reasoned guess: what MaskDiT, iBOT or EDM do, on which SD-DiT builds.
 C: a choice of this project."""
 RESUME = """\
 yes: it may.
