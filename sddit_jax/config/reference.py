@@ -18,7 +18,7 @@ from sddit_jax.errors import UserError
 
 SOURCES = """\
 P: the abstract or the introduction of the SD-DiT paper; few defaults are.
-S: a secondary source about SD-DiT, such as a review of it.
+S: a secondary source about SD-DiT.
 I: a reasoned guess: what MaskDiT, iBOT or EDM do, on which SD-DiT builds.
 C: a choice of this project."""
 RESUME = """\
