@@ -33,8 +33,8 @@ TINY = {
     "optimizer.learning_rate": 1e-3, "ema.warmup": True, "checkpoint.every": 2, "sampling.steps": 2,
     "sampling.every": 4, "sampling.grid": 10, "log.every": 1, "log.diagnose_every": 0, "eval.name": "none",
 }  # fmt: skip
-# These take half of the time.
-SLOW = ("docs/probes.md", "docs/pytorch.md", "docs/sampling.md", "docs/training.md")
+# These take most of the time.
+SLOW = [f"docs/{name}.md" for name in ("fine-tuning", "first-run", "probes", "pytorch", "sampling", "training")]
 # Run by the shell where a block is run.
 SHELL = ("ls", "cp", "mkdir", "cat", "head", "for")
 # Not checked where a block is parsed, apart from a `python -m sddit_jax.NAME` that they are given.

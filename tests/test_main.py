@@ -306,6 +306,7 @@ def test_distances_are_logged_and_the_best_checkpoint_is_kept(monitored):
     assert checkpoint_steps(workdir) == [30, 40]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_measures_the_same_and_keeps_the_same(command, monitored, tmp_path):
     reference, arguments = monitored
     workdir = tmp_path / "run"
@@ -351,6 +352,7 @@ cli.run(main.main)
 """
 
 
+@pytest.mark.slow
 def test_stopped_while_it_measures_it_ends_as_if_never_stopped(command, monitored, tmp_path):
     reference, arguments = monitored
     done = subprocess.run(

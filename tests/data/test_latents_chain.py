@@ -195,6 +195,7 @@ def test_latents_of_another_autoencoder_are_not_trained_on(command, latents, pho
     command("main", *flags_of(latents), *new, "--config.steps=2")
 
 
+@pytest.mark.slow
 def test_a_record_damaged_during_a_run_costs_no_step(command, latents, tmp_path):
     shutil.copytree(latents, tmp_path / "latents")
     shard = sorted((tmp_path / "latents").glob("latents-train.array_record-*"))[1]

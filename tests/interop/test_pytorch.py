@@ -171,7 +171,7 @@ def all_but(fast):
     return [pytest.param(*step, marks=() if step in [(m, {}) for m in fast] else pytest.mark.slow) for step in STEPS]
 
 
-@pytest.mark.parametrize(("method", "changes"), all_but(["sd_dit", "maskdit"]))
+@pytest.mark.parametrize(("method", "changes"), all_but(["sd_dit"]))
 def test_a_training_step_has_the_same_losses_and_gradients(method, changes):
     """In float32; and of AdamW's step what is not rounding.
 

@@ -211,6 +211,7 @@ def test_a_teacher_that_reads_the_sampling_ema_keeps_an_average_of_the_head_alon
         assert set(case.aux["teacher"]) == {"encoder", "head"}
 
 
+@pytest.mark.slow
 def test_microbatches_change_no_loss_gradient_or_statistic():
     """The centers stay while a batch's parts are computed, and the statistics are those of the whole batch."""
     with float64():
