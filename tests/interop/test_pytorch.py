@@ -1,7 +1,10 @@
 """The PyTorch network against the Flax one: the same weights and inputs, in the same numbers."""
 
 import dataclasses
+import fcntl
 import functools
+import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +97,16 @@ def test_the_same_network(method, changes):
     assert_same_network(tiny_config(method, changes), 5e-6)
 
 
+@pytest.fixture
+def much_memory():
+    """For a test that takes up to 15 GB: of pytest's workers one at a time runs such a test."""
+    with open(Path(tempfile.gettempdir()) / "sddit_jax_tests_much_memory.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("much_memory")
 @pytest.mark.parametrize("size", ["S/2", "S/8", "B/4", "L/8", "XL/2", "H/8"])
 @pytest.mark.parametrize(("method", "changes"), [("maskdit", {}), ("dit", DIT)])
 def test_the_same_network_at_published_sizes(size, method, changes):
@@ -103,6 +115,7 @@ def test_the_same_network_at_published_sizes(size, method, changes):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("much_memory")
 def test_the_same_network_at_512_pixels():
     model = {f"model.{key}": value for key, value in parse_size("S/2").items()}
     assert_same_network(make_config("sd_dit", model | {"model.image_size": 64}), 1e-4)
