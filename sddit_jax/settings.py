@@ -3,16 +3,17 @@
 A section is a frozen dataclass whose fields are made by `setting`. It lies beside the code that reads it. It may have a
 method `check(prefix)`, which raises ConfigError for values that cannot be used together; `prefix` is the dotted key of
 the section and a dot, as in "objectives.discrimination.", for the message to name each key in full.
-
-Where a default is from:
-  P  the SD-DiT paper's abstract or introduction
-  S  a secondary source about SD-DiT
-  I  inferred from MaskDiT, iBOT or EDM, on which SD-DiT builds
-  C  our choice
 """
 
 import dataclasses
 from typing import Any
+
+# Where a default is from.
+SOURCES = """\
+P: the abstract or the introduction of the SD-DiT paper; few defaults are.
+S: a secondary source about SD-DiT.
+I: a reasoned guess: what MaskDiT, iBOT or EDM do, on which SD-DiT builds.
+C: a choice of this project."""
 
 
 def setting(default: Any, source: str, meaning: str, **allowed: Any) -> Any:

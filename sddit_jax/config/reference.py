@@ -15,12 +15,8 @@ from typing import Any, NamedTuple
 from sddit_jax.config.border import flatten, free_on_resume
 from sddit_jax.config.schema import Config
 from sddit_jax.errors import UserError
+from sddit_jax.settings import SOURCES
 
-SOURCES = """\
-P: the abstract or the introduction of the SD-DiT paper; few defaults are.
-S: a secondary source about SD-DiT.
-I: a reasoned guess: what MaskDiT, iBOT or EDM do, on which SD-DiT builds.
-C: a choice of this project."""
 RESUME = """\
 yes: it may.
 warns: the run prints the old and the new value, and goes on. It stops if arrays of the checkpoint no longer fit.
